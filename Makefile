@@ -1,0 +1,67 @@
+# Two commands matter: `make serve` and `make check test`. Each keeps its own virtual environment, made on first use and
+# made up to date when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3.11
+# Not `?=`: some shells export HOST as the machine's own name.
+HOST = 127.0.0.1
+PORT = 8000
+MODEL =
+ARGS =
+
+SERVE_ENV := .venv
+DEV_ENV := .venv-dev
+CODE := $(wildcard src tests benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format bench clean
+
+help:
+	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
+	@echo "make test    run the tests; ARGS='-k name ...' go to pytest"
+	@echo "make check   ruff, formatting and mypy"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make bench   run the benchmarks; ARGS='...' go to them"
+	@echo "make clean   remove caches and build output; the virtual environments stay"
+	@echo "PYTHON=$(PYTHON) is the interpreter that new virtual environments are made with"
+
+# An environment that came from elsewhere is used as it is and installed into; one whose interpreter is gone is made anew.
+# torch comes first and alone, so that what follows finds it in place. setuptools is pinned like the rest, and building
+# without isolation uses that one.
+define make_environment # $(1) directory, $(2) what to install
+	@echo "Installing into $(1): about a minute, once" >&2
+	@test -x $(1)/bin/python || $(PYTHON) -m venv --clear $(1)
+	@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(1)/bin/python -m ensurepip
+	@$(1)/bin/python -m pip install --quiet -c constraints.txt torch setuptools
+	@$(1)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '$(2)'
+	@touch $@
+endef
+
+$(SERVE_ENV)/.installed: pyproject.toml constraints.txt
+	$(call make_environment,$(SERVE_ENV),.)
+
+$(DEV_ENV)/.installed: pyproject.toml constraints.txt
+	$(call make_environment,$(DEV_ENV),.[test$(comma)dev])
+
+comma := ,
+
+serve: $(SERVE_ENV)/.installed
+	@$(SERVE_ENV)/bin/sortserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(DEV_ENV)/.installed
+	@$(DEV_ENV)/bin/python -m pytest $(ARGS)
+
+check: $(DEV_ENV)/.installed
+	$(DEV_ENV)/bin/ruff check $(CODE)
+	$(DEV_ENV)/bin/ruff format --check $(CODE)
+	$(DEV_ENV)/bin/mypy $(CODE)
+
+format: $(DEV_ENV)/.installed
+	$(DEV_ENV)/bin/ruff check --fix $(CODE)
+	$(DEV_ENV)/bin/ruff format $(CODE)
+
+bench: $(DEV_ENV)/.installed
+	@$(DEV_ENV)/bin/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

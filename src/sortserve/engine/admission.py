@@ -1,0 +1,131 @@
+"""May a request enter, and between which sub-models may it run? Everything refused is refused here, before it waits."""
+
+import math
+import random
+from dataclasses import dataclass
+
+from sortserve.engine.errors import (
+    BudgetInfeasibleError,
+    ContextLengthError,
+    OverloadedError,
+    RequestError,
+)
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.protocol import GenerateRequest, KVMode
+from sortserve.engine.predictor import StepTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for, and how many may wait."""
+
+    max_model_len: int
+    vocab_size: int
+    max_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a request was admitted with: places in the ladder, K/V mode, and the seed of its random numbers."""
+
+    floor: int
+    ceiling: int
+    kv_mode: KVMode
+    seed: int
+
+
+def check_request(asked: GenerateRequest, limits: Limits) -> None:
+    """Raise RequestError, with the value and the limit, if the request could never be served."""
+    num_prompt, max_tokens = len(asked.prompt), asked.sampling.max_tokens
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
+    if num_prompt + max_tokens > limits.max_model_len:
+        raise ContextLengthError(
+            f"{num_prompt} prompt tokens and max_tokens {max_tokens} are {num_prompt + max_tokens} together, "
+            f"the context holds {limits.max_model_len}; shorten the prompt or lower max_tokens",
+            param="max_tokens",
+        )
+    bad = next((token for token in asked.prompt if not 0 <= token < limits.vocab_size), None)
+    if bad is not None:
+        raise RequestError(f"token id {bad} is not in [0, {limits.vocab_size})", param="prompt")
+    for token in (*asked.sampling.logit_bias, *asked.sampling.stop_token_ids):
+        if not 0 <= token < limits.vocab_size:
+            raise RequestError(f"token id {token} is not in [0, {limits.vocab_size})", param="logit_bias")
+
+
+def resolve_terms(asked: GenerateRequest, ladder: Ladder) -> Terms:
+    """Floor, ceiling and K/V mode, as DESIGN says: pinned is both; a budget lowers the floor to the smallest entry that
+    is not degraded, without one it is the full model.
+
+    Raises NotFoundError for unknown ids and RequestError for a floor above the pinned sub-model.
+    """
+    floors = []
+    if asked.floor is not None:
+        floors.append(ladder.place(asked.floor, param="submodel_floor"))
+    if asked.quality_floor is not None:
+        if not 0.0 <= asked.quality_floor <= 1.0:
+            raise RequestError(f"quality_floor is {asked.quality_floor}, must be in [0, 1]", param="quality_floor")
+        floors.append(ladder.quality_floor(asked.quality_floor))
+    if asked.submodel != "auto":
+        place = ladder.place(asked.submodel)
+        if floors and max(floors) > place:
+            raise RequestError(
+                f"sub-model {asked.submodel!r} is below the floor {ladder.entries[max(floors)].id!r}; drop one of them",
+                param="submodel_floor",
+            )
+        floor = ceiling = place
+    else:
+        ceiling = ladder.full
+        floor = max(floors) if floors else ladder.default_floor
+        if asked.budget is None:
+            floor = ceiling
+    default_mode: KVMode = "reuse" if asked.submodel == "auto" and asked.budget is not None else "exact"
+    mode = asked.kv_mode or default_mode
+    seed = asked.sampling.seed if asked.sampling.seed is not None else random.SystemRandom().getrandbits(63)
+    return Terms(floor, ceiling, mode, seed)
+
+
+def check_strict(
+    asked: GenerateRequest, terms: Terms, times: StepTimes | None, factor: float, chunk: int, rows_running: int
+) -> None:
+    """Refuse a strict budget that the floor cannot meet: for ever (400) if an idle server could not, else for now (429).
+
+    The answer's length counts only where it is certain (`ignore_eos`), else one token.
+    """
+    budget = asked.budget
+    if budget is None or budget.policy != "strict" or times is None:
+        return
+    certain = asked.sampling.max_tokens if asked.sampling.ignore_eos else 1
+    idle = _infeasible_by(asked, terms, times, factor, chunk, certain, 1)
+    if idle > 1.0:
+        smallest = math.ceil(1000 * times.prefill(terms.floor, len(asked.prompt), chunk) * factor)
+        raise BudgetInfeasibleError(
+            f"even idle, this server would take {idle:.1f} times the latency budget; "
+            f"the smallest feasible time to the first token here is about {smallest} ms",
+            param="latency_budget_ms",
+        )
+    loaded = _infeasible_by(asked, terms, times, factor, chunk, certain, rows_running + 1)
+    if loaded > 1.0:
+        raise OverloadedError(
+            f"under the present load ({rows_running} running) this would take {loaded:.1f} times the latency budget",
+            param="latency_budget_ms",
+            retry_after=times.step([(terms.floor, rows_running + 1)]) * 16,
+        )
+
+
+def _infeasible_by(
+    asked: GenerateRequest, terms: Terms, times: StepTimes, factor: float, chunk: int, num_tokens: int, rows: int
+) -> float:
+    """Predicted over allowed time, the worst of the budget's constraints."""
+    assert asked.budget is not None
+    step = times.step([(terms.floor, rows)]) * factor
+    first = times.prefill(terms.floor, len(asked.prompt), chunk) * factor + (step if rows > 1 else 0.0)
+    budget = asked.budget
+    worst = 0.0
+    if budget.ttft_ms is not None:
+        worst = max(worst, first / (budget.ttft_ms / 1e3))
+    if budget.tpot_ms is not None:
+        worst = max(worst, step / (budget.tpot_ms / 1e3))
+    if budget.total_ms is not None:
+        worst = max(worst, (first + (num_tokens - 1) * step) / (budget.total_ms / 1e3))
+    return worst

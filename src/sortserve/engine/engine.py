@@ -1,0 +1,227 @@
+"""The engine: everything that is loaded, and the loop's body.
+
+    plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = scheduler.update(plan, result, now)
+"""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from sortserve.engine.admission import Limits
+from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
+from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.errors import MemoryBudgetError, StartupError
+from sortserve.engine.kv import KVManager
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.pages import KVGeometry
+from sortserve.engine.plan import Plan, SampleSpec, SequencePlan
+from sortserve.engine.policy import make_policy
+from sortserve.engine.predictor import StepTimes
+from sortserve.engine.protocol import EngineInfo, Event, Prediction
+from sortserve.engine.runner import Runner
+from sortserve.engine.sampling import SamplingParams
+from sortserve.engine.scheduler import Scheduler
+from sortserve.engine.weights import ModelWeights, Progress, load_weights
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_KV_BYTES = 2 << 30
+LADDER_FILE = "ladder.json"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model with its scheduler. Not thread-safe: one thread owns it."""
+
+    config: EngineConfig  # "auto" resolved
+    model_config: ModelConfig
+    info: EngineInfo
+    scheduler: Scheduler
+    runner: Runner
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Engine":
+        """Load, check that memory suffices, and measure step times. Raises StartupError with what to change."""
+        began = time.monotonic()
+        model_config = load_model_config(config.model_folder)
+        config, dtype = _resolve(config, model_config)
+        shape = replace(model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype])
+        path = config.ladder_path or config.model_folder / LADDER_FILE
+        has_ladder = config.ladder_path is not None or path.exists()
+        ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
+        geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
+        num_pages, max_model_len = _size_kv(config, model_config, geometry)
+        source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
+            model_config
+        )
+        weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+        kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
+        scheduler = Scheduler(
+            ladder,
+            kv,
+            _policy(config, ladder),
+            Limits(max_model_len, shape.vocab_size, config.max_waiting),
+            eos_token_ids=model_config.eos_token_ids,
+            max_step_tokens=config.max_step_tokens,
+            max_running=config.max_running,
+        )
+        runner = Runner(
+            model_config, weights, geometry, scheduler.settings, num_pages, max_model_len, model_config.eos_token_ids
+        )
+        info = EngineInfo(
+            model=config.model_name,
+            ladder=ladder,
+            max_model_len=max_model_len,
+            vocab_size=shape.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
+            capabilities=frozenset({"refill", "sit_out", "reuse"}),
+            weight_bytes=weights.nbytes,
+            kv_bytes=num_pages * geometry.page_bytes,
+            load_seconds=time.monotonic() - began,
+        )
+        engine = cls(config, model_config, info, scheduler, runner)
+        if config.warmup:
+            scheduler.times = StepTimes.fit(ladder, engine.measure_step, engine.row_buckets())
+        _log_start(engine, weights, has_ladder)
+        return engine
+
+    def step(self) -> list[Event]:
+        """Plan, run and book one step; the events it gave, none if there was nothing to do."""
+        plan = self.scheduler.schedule(time.monotonic())
+        if plan is None:
+            return self.scheduler.take_events()
+        result = self.runner.run(plan)
+        self._learn(plan, result.seconds)
+        return self.scheduler.update(plan, result, time.monotonic())
+
+    def _learn(self, plan: Plan, seconds: float) -> None:
+        times = self.scheduler.times
+        if times is not None:
+            rows = [(part.submodel, part.stop - part.start) for part in plan.sequences]
+            self.scheduler.correction.observe(times.step(rows), seconds)
+
+    def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
+        """What one more request of that many prompt tokens would take now, by sub-model id."""
+        times, factor = self.scheduler.times, self.scheduler.correction.factor
+        if times is None:
+            return {}
+        running = sum(request.running for request in self.scheduler.requests.values())
+        predictions = {}
+        for place, entry in enumerate(self.info.ladder.entries):
+            step = times.step([(place, running + 1)]) * factor
+            first = times.prefill(place, max(1, prompt_tokens), self.config.max_step_tokens) * factor
+            predictions[entry.id] = Prediction(max(first, step), step)
+        return predictions
+
+    # ---- warm-up
+
+    def row_buckets(self) -> tuple[int, ...]:
+        """Row counts to measure: powers of four up to what a step takes."""
+        buckets = [1]
+        while buckets[-1] * 4 <= self.config.max_step_tokens:
+            buckets.append(buckets[-1] * 4)
+        return tuple(buckets)
+
+    def measure_step(self, place: int, num_rows: int, seconds: float = 0.25) -> float:
+        """Median seconds of a step of `num_rows` on a sub-model: single rows as in decode, or from 65 rows on one prompt
+        chunk. Repeats for about `seconds`, at least once after a warm-up."""
+        each = 1 if num_rows <= self.config.max_running else num_rows
+        plan, owned = self._synthetic_plan(place, num_rows // each, each)
+        measured: list[float] = []
+        try:
+            warm = self.runner.run(plan).seconds
+            while len(measured) < 1 or (len(measured) < 9 and sum(measured) + warm < seconds):
+                measured.append(self.runner.run(plan).seconds)
+        finally:
+            self.scheduler.kv.pool.free(owned)
+        return float(np.median(measured))
+
+    def _synthetic_plan(self, place: int, num_sequences: int, rows_each: int) -> tuple[Plan, tuple[int, ...]]:
+        """A step of sequences at position 0, and the pages it writes to, which the caller frees."""
+        geometry, settings = self.scheduler.kv.geometry, self.scheduler.settings
+        exit, target = settings.exits[place], settings.targets[place]
+        blocks = geometry.num_blocks(rows_each)
+        owned = self.scheduler.kv.pool.allocate(blocks * geometry.num_columns)  # all sequences write to the same pages
+        assert owned is not None, "the start-up check leaves room for one sequence"
+        kv = self.scheduler.kv.new_sequence(blocks * geometry.block_tokens)
+        spans, _ = kv.spans(exit, rows_each, target, rows_each * geometry.bounds[-1])
+        part = SequencePlan(
+            request_id="",
+            submodel=place,
+            exit=exit,
+            spans=tuple(spans),
+            tokens=np.ones(rows_each, np.int32),
+            watermark=(0,) * exit,
+            pages=np.asarray(owned, np.int32).reshape(blocks, geometry.num_columns),
+            state_pages={},
+            keep_states=False,
+            sample=SampleSpec(SamplingParams(temperature=0.0), 0, rows_each, (), ()),
+        )
+        parts = tuple(replace(part, request_id=str(number)) for number in range(num_sequences))
+        return Plan(0, parts), owned
+
+
+def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype]:
+    """Resolve "auto" once: the CPU, and bfloat16 where oneDNN has it (float32 checkpoints stay float32)."""
+    if config.device.startswith("cuda"):
+        raise StartupError("device cuda is not supported yet by this version; use --device cpu", param="device")
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    name = config.dtype
+    if name == "auto":
+        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        name = "bfloat16" if model.dtype != "float32" and fast else "float32"
+    return replace(config, device="cpu", dtype=name, served_name=config.model_name), getattr(torch, name)
+
+
+def _policy(config: EngineConfig, ladder: Ladder):  # type: ignore[no-untyped-def]
+    if config.fixed_submodel is not None:
+        return make_policy("fixed", ladder, ladder.place(config.fixed_submodel))
+    try:
+        return make_policy(config.policy, ladder)
+    except ValueError as error:
+        raise StartupError(str(error), param="policy") from error
+
+
+def _size_kv(config: EngineConfig, model: ModelConfig, geometry: KVGeometry) -> tuple[int, int]:
+    """Pages that the K/V memory makes, and the context length. One sequence of that length must fit at full depth, with
+    the exit states of one refill chunk."""
+    kv_bytes = config.kv_bytes or DEFAULT_KV_BYTES
+    num_pages = kv_bytes // geometry.page_bytes
+    state_pages = geometry.num_blocks(config.max_step_tokens) * geometry.state_pages
+    fitting = max(0, num_pages - state_pages) // geometry.num_columns * geometry.block_tokens
+    max_model_len = config.max_model_len or min(model.max_context, fitting)
+    if max_model_len > model.max_context:
+        raise StartupError(
+            f"max_model_len is {max_model_len}, the model is made for {model.max_context}", param="max_model_len"
+        )
+    needed = geometry.pages_for(max(1, max_model_len)) + state_pages
+    if max_model_len < 1 or num_pages < needed:
+        raise MemoryBudgetError(
+            f"K/V memory of {kv_bytes} bytes makes {num_pages} pages of {geometry.page_bytes} bytes; one sequence of "
+            f"{max(1, max_model_len)} tokens at full depth and the exit states of one refill need {needed} "
+            f"({needed * geometry.page_bytes} bytes). Give more with --kv-memory or lower --max-model-len",
+            param="kv_bytes",
+        )
+    return num_pages, max_model_len
+
+
+def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
+    info, mib = engine.info, 1 << 20
+    logger.info(
+        "loaded %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
+        info.model,
+        info.load_seconds,
+        len(info.ladder.entries),
+        "/".join(map(str, info.ladder.exits)),
+        engine.config.dtype,
+        info.weight_bytes / mib,
+        f"packed beside the embedding, {weights.head_bytes / mib:.0f} MiB" if weights.head_bytes else "unpacked",
+        info.kv_bytes / mib,
+        info.max_model_len,
+    )
+    if not has_ladder or info.ladder.measured is None:
+        logger.warning("the ladder of %s is not measured: widths are sorted by weight norms only", info.model)

@@ -1,0 +1,225 @@
+"""The ladder: the sub-models a checkpoint offers, with measured quality, in `ladder.json` beside the weights.
+
+The file is versioned, readable by hand, and strict: an unknown key or a value of the wrong type is an error that names
+its place. Costs are not in it; they follow from the model's shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from sortserve.engine.errors import LadderError, NotFoundError
+from sortserve.engine.submodel import Cost, ModelShape, SubModel
+
+FORMAT = "sortserve-ladder"
+VERSION = 1
+
+
+class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Quality relative to the full model, in [0, 1]; `low` and `high` bound it at 95 %."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class _FileEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    depth: int
+    width: int | list[int]
+    skip_attention: list[int] = []
+    skip_ffn: list[int] = []
+    id: str | None = None
+    quality: Quality | None = None
+    degraded: bool = False
+
+
+class Measured(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the qualities were measured: the metric by name, the data, and the command that did it."""
+
+    metric: str
+    data: str = ""
+    command: str = ""
+    tokens: int = 0
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    format: str
+    version: int
+    num_layers: int
+    ffn_width: int
+    entries: list[_FileEntry]
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One rung: its id, the sub-model, its quality if measured, and whether it is too poor to be chosen by `auto`."""
+
+    id: str
+    submodel: SubModel
+    quality: Quality | None = None
+    degraded: bool = False
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Entries from the cheapest to the full model. The full model is always the last one."""
+
+    shape: ModelShape
+    entries: tuple[Entry, ...]
+    measured: Measured | None = None
+
+    def __post_init__(self) -> None:
+        ids = [entry.id for entry in self.entries]
+        if len(set(ids)) != len(ids):
+            raise LadderError(f"ladder has two entries of one id among {ids}; give them an `id` of their own")
+        if not self.entries or self.entries[-1].submodel != SubModel.full(self.shape):
+            raise LadderError("the last entry of a ladder must be the full model")
+
+    @classmethod
+    def of(cls, shape: ModelShape, entries: Sequence[Entry], measured: Measured | None = None) -> "Ladder":
+        """A ladder of `entries` in order of cost; the full model is added if it is not among them."""
+        full = SubModel.full(shape)
+        kept = list(entries)
+        if all(entry.submodel != full for entry in kept):
+            kept.append(Entry(f"d{shape.num_layers}", full, Quality(1.0)))
+        # ties by depth: of two entries that read the same bytes the deeper one is the better candidate
+        kept.sort(key=lambda entry: (entry.submodel != full, entry.submodel.cost(shape), entry.submodel.depth))
+        kept = kept[1:] + kept[:1]
+        return cls(shape, tuple(kept), measured)
+
+    @classmethod
+    def default(cls, shape: ModelShape, width_percents: Sequence[int] = (75, 100)) -> "Ladder":
+        """What a checkpoint without `ladder.json` offers: full depth at these widths, snapped to multiples of 128
+        neurons where the FFN is wide enough, unmeasured."""
+        entries = []
+        for percent in width_percents:
+            exact = shape.ffn_width * percent / 100
+            width = round(exact / 128) * 128 if exact >= 512 else round(exact)
+            submodel = SubModel.make(shape.num_layers, shape.ffn_width if percent == 100 else width)
+            entries.append(Entry(submodel.name(shape) or "full", submodel))
+        return cls.of(shape, entries)
+
+    @classmethod
+    def load(cls, path: Path, shape: ModelShape) -> "Ladder":
+        """Read `ladder.json`.
+
+        Raises LadderError, naming the file and the place in it, if it is malformed or made for another model.
+        """
+        try:
+            file = msgspec.json.decode(path.read_bytes(), type=_File)
+        except OSError as error:
+            raise LadderError(f"{path}: {error.strerror}") from error
+        except msgspec.MsgspecError as error:
+            raise LadderError(f"{path}: {error}") from error
+        if (file.format, file.version) != (FORMAT, VERSION):
+            raise LadderError(
+                f"{path}: format {file.format!r} version {file.version}, this server reads {FORMAT!r} version {VERSION}"
+            )
+        if (file.num_layers, file.ffn_width) != (shape.num_layers, shape.ffn_width):
+            raise LadderError(
+                f"{path}: made for {file.num_layers} layers of {file.ffn_width} FFN neurons, "
+                f"the model has {shape.num_layers} of {shape.ffn_width}"
+            )
+        entries = []
+        for place, entry in enumerate(file.entries):
+            try:
+                entries.append(_entry(entry, shape, len(entries)))
+            except ValueError as error:
+                raise LadderError(f"{path}: entries[{place}]: {error}") from error
+        return cls.of(shape, entries, file.measured)
+
+    def dump(self, path: Path) -> None:
+        """Write the ladder as `load` reads it."""
+        entries = []
+        for entry in self.entries:
+            submodel = entry.submodel
+            width = submodel.widths[0] if len(set(submodel.widths)) == 1 else list(submodel.widths)
+            given_id = None if entry.id == submodel.name(self.shape) else entry.id
+            entries.append(
+                _FileEntry(
+                    submodel.depth, width, list(submodel.skip_attention), [], given_id, entry.quality, entry.degraded
+                )
+            )
+        file = _File(FORMAT, VERSION, self.shape.num_layers, self.shape.ffn_width, entries, self.measured)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
+
+    @cached_property
+    def exits(self) -> tuple[int, ...]:
+        """Depths at which some entry stops, ascending; the last is the model's own depth."""
+        return tuple(sorted({entry.submodel.depth for entry in self.entries}))
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        """Segment s is layers [bounds[s], bounds[s + 1])."""
+        return (0, *self.exits)
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments, one per exit."""
+        return len(self.exits)
+
+    @cached_property
+    def costs(self) -> tuple[Cost, ...]:
+        """Cost of each entry, in the ladder's order."""
+        return tuple(entry.submodel.cost(self.shape) for entry in self.entries)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {entry.id: place for place, entry in enumerate(self.entries)}
+
+    @property
+    def full(self) -> int:
+        """Place of the full model."""
+        return len(self.entries) - 1
+
+    @cached_property
+    def default_floor(self) -> int:
+        """Place of the smallest entry not marked `degraded`: the floor of a request with a budget."""
+        return next(place for place, entry in enumerate(self.entries) if not entry.degraded)
+
+    def place(self, submodel_id: str, *, param: str = "submodel") -> int:
+        """Place of an entry by id. Raises NotFoundError that lists the ids there are."""
+        if submodel_id not in self._places:
+            known = ", ".join(self._places)
+            raise NotFoundError(f"no sub-model {submodel_id!r}; this ladder has: {known}", param=param)
+        return self._places[submodel_id]
+
+    def quality_floor(self, share: float) -> int:
+        """Place of the cheapest entry from which on every entry has at least `share` of the full model's quality;
+        unmeasured entries do not count, the full model always does."""
+        floor = self.full
+        for place in range(self.full - 1, -1, -1):
+            quality = self.entries[place].quality
+            if quality is not None and quality.value >= share:
+                floor = place
+        return floor
+
+    def ffn_boundaries(self, layer: int, most: int = 4) -> tuple[int, ...]:
+        """At most `most` ascending column boundaries for layer's FFN blocks, the last one the full width.
+
+        Every width is a boundary where they are few. More blocks than that cost more than they save (16 packed blocks
+        made an FFN 1.9x slower at 8 rows), so then they are spread, and a width between two boundaries is masked.
+        """
+        widths = {entry.submodel.widths[layer] for entry in self.entries if entry.submodel.depth > layer}
+        ascending = sorted((widths | {self.shape.ffn_width}) - {0})
+        if len(ascending) <= most:
+            return tuple(ascending)
+        picked = [ascending[round((i + 1) * (len(ascending) - 1) / most)] for i in range(most)]
+        return tuple(sorted(set(picked)))
+
+
+def _entry(entry: _FileEntry, shape: ModelShape, number: int) -> Entry:
+    """Validate one entry of the file; raises ValueError with the value and the limit."""
+    if not isinstance(entry.width, int) and len(entry.width) < entry.depth:
+        raise ValueError(f"width lists {len(entry.width)} layers, depth is {entry.depth}")
+    if entry.quality is not None and not 0.0 <= entry.quality.value <= 1.0:
+        raise ValueError(f"quality is {entry.quality.value}, must be in [0, 1]")
+    submodel = SubModel.make(entry.depth, entry.width, entry.skip_attention, entry.skip_ffn)
+    submodel.check(shape)
+    percent = round(100 * max(submodel.widths) / shape.ffn_width)
+    made = submodel.name(shape) or f"d{submodel.depth}-w{percent}-s{number}"
+    return Entry(entry.id or made, submodel, entry.quality, entry.degraded)

@@ -1,0 +1,110 @@
+"""What crosses from the scheduler to the runner, and back: plain frozen data, made anew each step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sortserve.engine.protocol import TokenLogprob
+from sortserve.engine.sampling import SamplingParams
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence at positions [start, stop) that run segments [first_segment, exit) with the same settings.
+
+    With first_segment 0 they start from their tokens' embeddings, else from the states kept at exit `first_segment`.
+    """
+
+    start: int
+    stop: int
+    first_segment: int
+    exit: int
+    settings: tuple[int, ...]  # [exit], id of the layer settings (widths, skips) in each segment
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to draw the token that follows the last row. `output` are the tokens drawn so far."""
+
+    params: SamplingParams
+    seed: int
+    position: int  # of the token to draw
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """One sequence's part of a step: its rows, and where their K/V and states live.
+
+    `spans` ascend in position without overlap and end at the last row. `pages` are page numbers, [blocks, columns],
+    the columns of each segment as `KVGeometry.columns` says, valid for segments below `exit`. Rows at positions below `watermark[s]` find their K/V of segment s already
+    there and write none. `state_pages[(block, exit)]` is where states are read from and, if `keep_states`, written to.
+    """
+
+    request_id: str
+    submodel: int  # place in the ladder
+    exit: int
+    spans: tuple[Span, ...]
+    tokens: Ints  # [stop - start] token ids of positions [start, stop)
+    watermark: tuple[int, ...]  # [exit] before the step
+    pages: Ints  # [blocks, columns]
+    state_pages: dict[tuple[int, int], tuple[int, ...]]
+    keep_states: bool
+    sample: SampleSpec | None  # None: no logits, the sequence has not caught up yet
+    prompt_logprobs: int | None = None  # alternatives to report for each of `successors`; None: none
+    successors: tuple[int, ...] = ()  # prompt tokens that follow the rows, as far as they are in the prompt
+
+    @property
+    def start(self) -> int:
+        """First position that runs."""
+        return self.spans[0].start
+
+    @property
+    def stop(self) -> int:
+        """One past the last position that runs."""
+        return self.spans[-1].stop
+
+    @property
+    def widest(self) -> int:
+        """Settings id of the newest rows' first segment, to keep rows of like width together."""
+        return self.spans[-1].settings[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step. `sequences` are in row order: exit descending, so that in every segment without entrants the active
+    rows are the first ones."""
+
+    step: int
+    sequences: tuple[SequencePlan, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that run in at least one segment."""
+        return sum(span.num_rows for sequence in self.sequences for span in sequence.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """What a step gave for one sequence of the plan. `token` is None where nothing was sampled."""
+
+    token: int | None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the plan's `successors`
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Results in the order of the plan's sequences, and the step's time."""
+
+    sequences: tuple[SequenceResult, ...]
+    seconds: float

@@ -1,0 +1,191 @@
+"""What crosses the engine's boundary: requests in, events out, and the protocol every back end speaks.
+
+Plain frozen data, so that the engine may be a thread today and another process tomorrow. Times are seconds on
+`time.monotonic()`, which all processes of a machine share.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from sortserve.engine.budget import Budget
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.sampling import SamplingParams
+
+KVMode = Literal["exact", "reuse"]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to generate. `submodel` is `auto` or an id of the ladder (then it is floor and ceiling)."""
+
+    request_id: str
+    prompt: tuple[int, ...]  # token ids
+    sampling: SamplingParams
+    arrival: float
+    budget: Budget | None = None
+    submodel: str = "auto"
+    floor: str | None = None  # an id of the ladder; None: the default floor
+    quality_floor: float | None = None  # share of the full model's quality, [0, 1]
+    kv_mode: KVMode | None = None  # None: reuse for `auto` with a budget, else exact
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token and of the most probable alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedEvent:
+    """First event of a request: the sub-model it starts with and what it is predicted to take."""
+
+    request_id: str
+    submodel: str
+    predicted_seconds: float | None  # end to end; None without a budget
+    predicted_met: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobsEvent:
+    """Log-probabilities of the prompt's tokens; the first one has none."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprob | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One output token, the id of the sub-model that made it, and when."""
+
+    request_id: str
+    token: int
+    submodel: str
+    time: float
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSummary:
+    """What is told at the end of a request. Times in seconds from arrival; None where it did not happen."""
+
+    submodels: dict[str, int] = field(default_factory=dict)  # output tokens by sub-model id
+    switches: int = 0
+    refilled_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    preemptions: int = 0
+    kv_mode: KVMode = "exact"
+    queue_seconds: float | None = None  # until its first row ran
+    first_token_seconds: float | None = None
+    total_seconds: float = 0.0
+    met: bool | None = None  # None without a budget
+    cut: bool = False  # stopped in time by the `cut` policy
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """Terminal: the request ended by itself (`stop`, `length`) or was aborted (`abort`)."""
+
+    request_id: str
+    reason: FinishReason
+    summary: RequestSummary
+
+
+@dataclass(frozen=True, slots=True)
+class FailedEvent:
+    """Terminal: the request was refused or the engine failed; the fields are those of an error of `errors.py`."""
+
+    request_id: str
+    error: str  # class name in errors.py
+    message: str
+    param: str | None = None
+
+
+Event = AcceptedEvent | PromptLogprobsEvent | TokenEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and the console. Counters run from the engine's start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_pages_total: int = 0
+    kv_pages_used: int = 0
+    kv_pages_cached: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    refilled_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up
+    prefix_hits: int = 0  # prompt tokens found
+    prefix_refused_width: int = 0  # blocks whose tokens were cached, but under other widths
+    prompt_tokens: int = 0
+    generated_tokens: dict[str, int] = field(default_factory=dict)  # by sub-model id
+    selected: dict[tuple[str, str], int] = field(default_factory=dict)  # by (sub-model id, reason)
+    switches: dict[str, int] = field(default_factory=dict)  # by direction: up, down
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a sub-model would take for one more request now, in seconds."""
+
+    ttft_seconds: float
+    tpot_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a back end serves; fixed after start."""
+
+    model: str
+    ladder: Ladder
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    capabilities: frozenset[str]  # of refill, sit_out, reuse
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    load_seconds: float = 0.0
+
+
+class Backend(Protocol):
+    """The async protocol between the server and whatever computes (native, vllm, simulated)."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served. Valid once `start` has returned."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has died and is not coming back."""
+        ...
+
+    async def start(self) -> None:
+        """Load and warm up. Raises StartupError."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
+        """Submit, and stream the request's events, ending with exactly one terminal event.
+
+        Leaving the iterator early (closing it, cancellation) aborts the request within one step. A refusal is a
+        FailedEvent, never an exception.
+        """
+        ...
+
+    async def stats(self) -> EngineStats:
+        """A snapshot, at most one step old."""
+        ...
+
+    async def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
+        """Predicted latency now by sub-model id, for a prompt of that many tokens."""
+        ...
+
+    async def drain(self, timeout: float) -> None:
+        """Accept nothing more, finish what runs within `timeout` seconds, abort the rest, and stop."""
+        ...

@@ -1,0 +1,146 @@
+"""The runner: executes a plan on the model. Owns the pool of pages; knows nothing of requests or policies."""
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sortserve.engine.batch import BatchBuilder, Run, SegmentBatch
+from sortserve.engine.config import ModelConfig
+from sortserve.engine.model import Model
+from sortserve.engine.pages import KVGeometry
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.protocol import TokenLogprob
+from sortserve.engine.sampler import SampledToken, Sampler, SamplingRow
+from sortserve.engine.settings import SettingsTable
+from sortserve.engine.weights import ModelWeights
+
+
+class Runner:
+    """Runs steps on the CPU. The pool starts as zeros, never as garbage: masked places are read, with weight 0."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        geometry: KVGeometry,
+        settings: SettingsTable,
+        num_pages: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        dtype = weights.embedding.dtype
+        rows = num_pages * 2 * geometry.page_layers
+        self._geometry = geometry
+        self._pool = torch.zeros(rows, geometry.block_tokens, geometry.kv_width, dtype=dtype)
+        self._builder = BatchBuilder(geometry, dtype, config.sliding_window)
+        self._model = Model(config, weights, geometry, settings, self._builder, max_model_len)
+        self._sampler = Sampler(config.shape.vocab_size)
+        self._eos = eos_token_ids
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> StepResult:
+        """One step: every segment in turn, then the head and the sampler."""
+        began = time.perf_counter()
+        batches = self._builder.build(plan)
+        exits: dict[str, list[Tensor]] = {}  # by request: rows before the final norm, in order of position
+        hidden = self._pool.new_zeros(0, self._geometry.hidden_size)
+        for batch in batches:
+            hidden = self._embed(batch) if batch.segment == 0 else self._enter(hidden, batch)
+            hidden = self._model.run_segment(hidden, batch, self._pool)
+            self._leave(hidden, batch, exits)
+            hidden = hidden[: batch.num_staying]
+        results = self._finish(plan, exits)
+        return StepResult(results, time.perf_counter() - began)
+
+    def _embed(self, batch: SegmentBatch) -> Tensor:
+        tokens = np.concatenate(
+            [run.part.tokens[run.span.start - run.part.start : run.span.stop - run.part.start] for run in batch.entrants]
+        )
+        return self._model.embed(torch.from_numpy(tokens).long())
+
+    def _enter(self, staying: Tensor, batch: SegmentBatch) -> Tensor:
+        """The segment's input: the rows that stay and, in their places, the states of those that enter."""
+        if batch.source is None:
+            return staying
+        states = [self._load_states(run, batch.segment) for run in batch.entrants]
+        return torch.cat([staying, *states])[batch.source]
+
+    def _leave(self, hidden: Tensor, batch: SegmentBatch, exits: dict[str, list[Tensor]]) -> None:
+        """Keep what leavers need: their states, and the rows that get logits."""
+        for run in batch.leaving:
+            rows = hidden[run.row : run.row + run.span.num_rows]
+            if run.part.keep_states:
+                self._store_states(run, rows)
+            if run.part.prompt_logprobs is not None or run.part.sample is not None:
+                exits.setdefault(run.part.request_id, []).append(rows)
+
+    # ---- states: rows of `gcd(hidden, page)` elements, so that one may straddle pages
+
+    def _state_rows(self, run: Run, exit: int) -> tuple[Tensor, int]:
+        """Pool rows that hold the states of a run's tokens at `exit`, [tokens x rows per state], and the row's size."""
+        size = self._geometry.block_tokens
+        piece = int(np.gcd(self._geometry.hidden_size, self._geometry.page_elements))
+        per_state, per_page = self._geometry.hidden_size // piece, self._geometry.page_elements // piece
+        positions = np.arange(run.span.start, run.span.stop)
+        rows = np.empty((len(positions), per_state), np.int64)
+        for block in np.unique(positions // size):
+            pages = np.asarray(run.part.state_pages[int(block), exit], np.int64)
+            of_block = positions // size == block
+            pieces = (positions[of_block] % size)[:, None] * per_state + np.arange(per_state)
+            rows[of_block] = pages[pieces // per_page] * per_page + pieces % per_page
+        return torch.from_numpy(rows.reshape(-1)), piece
+
+    def _store_states(self, run: Run, states: Tensor) -> None:
+        if run.span.exit == self._geometry.num_segments:
+            return
+        rows, piece = self._state_rows(run, run.span.exit)
+        self._pool.view(-1, piece).index_copy_(0, rows, states.reshape(-1, piece))
+
+    def _load_states(self, run: Run, exit: int) -> Tensor:
+        rows, piece = self._state_rows(run, exit)
+        return self._pool.view(-1, piece).index_select(0, rows).view(-1, self._geometry.hidden_size)
+
+    # ---- the end of a step
+
+    def _finish(self, plan: Plan, exits: dict[str, list[Tensor]]) -> tuple[SequenceResult, ...]:
+        """Logits of all rows that need them in one call of the head, then one token per sequence that wants one."""
+        asking = [part for part in plan.sequences if part.request_id in exits]
+        if not asking:
+            return tuple(SequenceResult(None) for _ in plan.sequences)
+        hidden = [torch.cat(exits[part.request_id]) for part in asking]
+        counts = [rows.shape[0] for rows in hidden]
+        logits = self._model.head(torch.cat(hidden))
+        first_rows = np.cumsum([0, *counts])
+        sampling = [
+            (part, int(first_rows[place + 1]) - 1) for place, part in enumerate(asking) if part.sample is not None
+        ]
+        tokens = self._sample(logits, sampling)
+        results: dict[str, SequenceResult] = {}
+        for place, part in enumerate(asking):
+            own = logits[first_rows[place] : first_rows[place + 1]]
+            prompt = self._prompt_logprobs(part, own)
+            token, logprob = tokens.get(part.request_id, (None, None))
+            results[part.request_id] = SequenceResult(token, logprob, prompt)
+        return tuple(results.get(part.request_id, SequenceResult(None)) for part in plan.sequences)
+
+    def _sample(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SampledToken]:
+        if not sampling:
+            return {}
+        rows = []
+        for part, _ in sampling:
+            spec = part.sample
+            assert spec is not None
+            rows.append(SamplingRow(spec.params, spec.seed, spec.position, spec.prompt, spec.output, self._eos))
+        places = [row for _, row in sampling]
+        picked = logits if places == list(range(logits.shape[0])) else logits[places]
+        drawn = self._sampler.sample(picked, rows)
+        return {part.request_id: token for (part, _), token in zip(sampling, drawn, strict=True)}
+
+    def _prompt_logprobs(self, part: SequencePlan, logits: Tensor) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the prompt tokens that follow the rows."""
+        if part.prompt_logprobs is None:
+            return ()
+        rows = logits[: len(part.successors)]
+        return tuple(self._sampler.prompt_logprobs(rows, part.successors, part.prompt_logprobs))

@@ -1,0 +1,393 @@
+"""Text and tokens: the tokenizer of a model folder, chat templates, and text that is cut out of a stream of tokens.
+
+A token is a run of bytes. Where the tokenizer's decoder says which (byte-level BPE, and SentencePiece with byte
+fallback), the bytes go through an incremental UTF-8 decoder: 10 us per token, and exact. `tokenizers.DecodeStream` was
+not used: it decodes anew every token since the last whole character, so 4,000 stray continuation bytes took it 4 s.
+"""
+
+import codecs
+import datetime
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sortserve.engine.errors import ModelFolderError, RequestError
+
+LONG_TEXT_CHARS = 2048  # from here on encoding takes about a millisecond and is worth a thread
+_HELD_TOKENS = 8  # a character has at most four bytes; more undecodable tokens than this are given up on
+
+
+class Tokenizer:
+    """The tokenizer of a model folder: Hugging Face's `tokenizer.json`, read as transformers 5 reads it."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: Mapping[str, Any] | None = None, template: str | None = None
+    ) -> None:
+        """`config` is the content of tokenizer_config.json, `template` the chat template if there is one."""
+        self.config = dict(config or {})
+        self.chat_template = template
+        self._hf = backend
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self.bos_token = _token_text(self.config.get("bos_token"))
+        self.eos_token = _token_text(self.config.get("eos_token"))
+        added = self._hf.get_added_tokens_decoder()
+        named = {self._hf.token_to_id(text) for text in (self.bos_token, self.eos_token) if text is not None}
+        self.special_ids = frozenset(i for i, token in added.items() if token.special) | (named - {None})
+        self._ends = self._explicit_ends()
+        self._spelling, self.strips_first_space = _spelling(self._hf)
+        self._bytes: dict[int, bytes] = {}
+        self._template = None if template is None else _compile(template)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+        Raises ModelFolderError, saying what to do, where the first is missing or any is broken.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelFolderError(_missing(folder))
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelFolderError(f"{path} cannot be read as a tokenizer ({error}); download it again") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        special = _read_json(folder / "special_tokens_map.json")
+        config = {name: special[name] for name in ("bos_token", "eos_token") if name in special} | config
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several by name, as Cohere's and Hermes' folders have them
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(backend, config, template)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added ones included. A model's own vocabulary may be padded beyond it."""
+        return self._hf.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with BOS and EOS if `add_special_tokens` and the tokenizer adds them.
+
+        Raises RequestError for text that is not Unicode (lone surrogates).
+        """
+        from_model = add_special_tokens and self._ends is None
+        try:
+            if len(text) < LONG_TEXT_CHARS:
+                ids = self._hf.encode(text, add_special_tokens=from_model).ids
+            else:  # only the batch call releases the GIL: 5 s of 3 MB froze every other thread with `encode`
+                ids = self._hf.encode_batch([text], add_special_tokens=from_model)[0].ids
+        except TypeError as error:
+            raise RequestError("text holds a lone surrogate, which is not Unicode text", param="prompt") from error
+        if add_special_tokens and self._ends is not None:
+            return [*self._ends[0], *ids, *self._ends[1]]
+        return ids
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of a whole token sequence; bytes that are not UTF-8 become U+FFFD."""
+        return self._hf.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The prompt that the chat template makes of `messages`, ending where the answer begins.
+
+        Raises RequestError if the model has no template, or if the template refuses the messages.
+        """
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template: use /v1/completions, or put a chat_template.jinja in its folder",
+                param="messages",
+            )
+        names = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", "add_generation_prompt": True}
+        try:
+            return self._template.render(messages=messages, **(names | variables))
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of `chat_text`; the template writes BOS itself, so none is added."""
+        return self.encode(self.chat_text(messages, **variables), add_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for: for special tokens its name, empty for an id without a token."""
+        if token not in self._bytes:
+            name = self._hf.id_to_token(token)
+            if name is None:
+                self._bytes[token] = b""
+            elif self._spelling is None:
+                self._bytes[token] = self.decode([token], skip_special_tokens=False).encode()
+            else:
+                self._bytes[token] = self._spelling(name)
+        return self._bytes[token]
+
+    def piece(self, token: int) -> str:
+        r"""The text of one token for log-probabilities: `bytes:\xe4\xbd` where it is not UTF-8 alone, as OpenAI writes
+        it (U+FFFD would make different tokens equal)."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    @property
+    def exact_bytes(self) -> bool:
+        """True where text is the tokens' bytes put together, so that it can be decoded token by token."""
+        return self._spelling is not None
+
+    def _explicit_ends(self) -> tuple[list[int], list[int]] | None:
+        """BOS and EOS as tokenizer_config.json says; None where it is silent and tokenizer.json decides."""
+        if "add_bos_token" not in self.config and "add_eos_token" not in self.config:
+            return None
+        ends = []
+        for wanted, text in (("add_bos_token", self.bos_token), ("add_eos_token", self.eos_token)):
+            token = self._hf.token_to_id(text) if self.config.get(wanted) and text is not None else None
+            ends.append([] if token is None else [token])
+        return ends[0], ends[1]
+
+
+class TextStream:
+    """Text of one answer as its tokens come: whole characters only, and nothing that may become a stop string.
+
+    What has been returned so far, put together, is the decoding of all tokens (special ones left out) up to the first
+    stop string. Cost per token does not depend on how many came before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), context: Sequence[int] = ()) -> None:
+        """`context` are the tokens before the first one: with some, a leading space belongs to the answer and stays."""
+        self._tokenizer = tokenizer
+        self._matcher = _StopMatcher(stop)
+        make = _ByteText if tokenizer.exact_bytes else _WindowText
+        self._decoder = make(tokenizer, context)
+        self.decoded_chars = 0  # out of the decoder, returned or held back
+        self.emitted_chars = 0  # returned
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that was hit; from then on nothing is returned."""
+        return self._matcher.hit
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain; may be empty."""
+        if self.stopped is not None or token in self._tokenizer.special_ids:
+            return ""
+        return self._emit(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """What was held back: an incomplete character as U+FFFD, and the beginning of a stop string that never came."""
+        if self.stopped is not None:
+            return ""
+        text = self._emit(self._decoder.finish())
+        rest = self._matcher.finish()
+        self.emitted_chars += len(rest)
+        return text + rest
+
+    def _emit(self, text: str) -> str:
+        self.decoded_chars += len(text)
+        certain = self._matcher.push(text)
+        self.emitted_chars += len(certain)
+        return certain
+
+
+class _StopMatcher:
+    """Finds the first stop string in a text that comes in pieces, holding back only what could still become one.
+
+    Knuth-Morris-Pratt: per stop string the length of its longest prefix that the text ends in, so that a character
+    costs O(1) amortized, whatever the strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.hit: str | None = None
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is now certain and was not returned before."""
+        for position, char in enumerate(text if self._stops else ""):
+            for place, (stop, borders) in enumerate(self._stops):
+                length = self._matched[place]
+                while length and stop[length] != char:
+                    length = borders[length - 1]
+                self._matched[place] = length + (stop[length] == char)
+            hits = [s for (s, _), length in zip(self._stops, self._matched, strict=True) if length == len(s)]
+            if hits:
+                self.hit = max(hits, key=len)  # of two that end here the longer one began first
+                return (self._held + text[: position + 1])[: -len(self.hit)]
+        pending = self._held + text
+        certain = len(pending) - max(self._matched, default=0)
+        self._held = pending[certain:]
+        return pending[:certain]
+
+    def finish(self) -> str:
+        """What is held back when the text ends."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _borders(stop: str) -> list[int]:
+    """Per prefix of `stop` the length of its longest proper border (KMP's failure function)."""
+    borders = [0] * len(stop)
+    length = 0
+    for place in range(1, len(stop)):
+        while length and stop[length] != stop[place]:
+            length = borders[length - 1]
+        length += stop[length] == stop[place]
+        borders[place] = length
+    return borders
+
+
+class _ByteText:
+    """Incremental decoding where every token has bytes of its own."""
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strip = tokenizer.strips_first_space and not context
+
+    def push(self, token: int) -> str:
+        raw = self._tokenizer.token_bytes(token)
+        if self._strip and raw:
+            raw = raw.removeprefix(b" ")
+            self._strip = False
+        return self._utf8.decode(raw)
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowText:
+    """Incremental decoding for any other decoder: what a short window of tokens decodes to, less what it did before."""
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = list(context[-_HELD_TOKENS:])
+        self._num_read = len(self._tokens)
+        self._before = tokenizer.decode(self._tokens)
+
+    def push(self, token: int) -> str:
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith("\ufffd") and len(self._tokens) - self._num_read < _HELD_TOKENS:
+            return ""
+        return self._advance(text)
+
+    def finish(self) -> str:
+        return self._advance(self._tokenizer.decode(self._tokens))
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._before) :]
+        self._tokens = self._tokens[self._num_read :]
+        self._num_read = len(self._tokens)
+        self._before = self._tokenizer.decode(self._tokens)
+        return new
+
+
+def _spelling(backend: tokenizers.Tokenizer) -> tuple[Callable[[str], bytes] | None, bool]:
+    """The bytes of a token by its name, None where they depend on its neighbours; and whether the very first space of a
+    text is dropped."""
+    if backend.decoder is None:
+        return None, False
+    decoder = json.loads(backend.decoder.__getstate__())
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return functools.partial(_byte_level, _byte_of_char()), False
+    if kinds in (["Replace", "ByteFallback", "Fuse", "Strip"], ["Replace", "ByteFallback", "Fuse"]):
+        pattern, content = steps[0]["pattern"].get("String"), steps[0]["content"]
+        strip: dict[str, Any] = steps[3] if len(steps) == 4 else {"content": " ", "start": 0, "stop": 0}
+        if pattern is not None and strip["content"] == " " and strip["start"] <= 1 and strip["stop"] == 0:
+            return functools.partial(_byte_fallback, pattern, content), strip["start"] == 1
+    return None, False
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable characters stand for their own byte, the other bytes are numbered from U+0100."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _byte_level(byte_of_char: Mapping[str, int], name: str) -> bytes:
+    spelled = [byte_of_char.get(char) for char in name]
+    known = bytes(byte for byte in spelled if byte is not None)
+    return known if len(known) == len(name) else name.encode()  # an added token may hold any character
+
+
+def _byte_fallback(pattern: str, content: str, name: str) -> bytes:
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        try:
+            return bytes([int(name[3:5], 16)])
+        except ValueError:
+            pass  # a token that only looks like a byte, such as <0xZZ>, is text
+    return name.replace(pattern, content).encode()
+
+
+def _missing(folder: Path) -> str:
+    if (folder / "tokenizer.model").is_file():
+        return (
+            f"{folder} has tokenizer.model but no tokenizer.json; convert it once with "
+            f"`from transformers import AutoTokenizer; AutoTokenizer.from_pretrained({str(folder)!r})"
+            f".save_pretrained({str(folder)!r})`"
+        )
+    return f"{folder} has no tokenizer.json; copy it from where the model comes from, beside config.json"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in the file, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path} holds a {type(value).__name__}, must be an object; download it again")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    """`"<s>"`, `{"content": "<s>", ...}` or null."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %}` marks answers for training; here its body is taken as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own way to declare it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(template: str) -> jinja2.Template:
+    """The template with the settings and functions that transformers gives it. Raises ModelFolderError."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    environment.filters["tojson"] = _tojson
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelFolderError(f"chat template, line {error.lineno}: {error.message}; correct the template") from error
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Without the escaping for HTML that jinja2's own filter does."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)

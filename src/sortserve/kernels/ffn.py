@@ -1,0 +1,130 @@
+"""The staircase gated FFN: y = down(silu(gate x) * up x), with a width of its own for every row.
+
+Sorted neurons make each width a prefix: gate and up keep rows [0, w), down keeps columns [0, w). The weights are packed
+in a few column blocks; a block runs for the rows that reach into it, and what a row's width leaves of its last block is
+zeroed before `down`. No weight is sliced into a copy, and partial sums accumulate in float32.
+
+    neurons   0 ......... 128 ......... 256 ......... 512
+    row 0     ########### ########### ###########      w = 512: blocks 0, 1, 2
+    row 1     ###########                              w = 128: block 0
+    row 2     ########### ####.......                  w = 192: blocks 0, 1, the rest of 1 masked
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sortserve.kernels.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """Which rows run a block. `first`: the first so many, None: those of `index`. `mask` [rows, block width], 0 or 1,
+    is None where every row runs the whole block."""
+
+    first: int | None
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FfnRows:
+    """The blocks that some row runs, and by how many rows in all."""
+
+    num_rows: int
+    blocks: tuple[BlockRows, ...]
+
+
+def plan_rows(widths: Sequence[int], boundaries: Sequence[int], dtype: torch.dtype) -> FfnRows:
+    """Lay out rows of these widths (0: no FFN) over the blocks that end at `boundaries`."""
+    blocks = []
+    start = 0
+    for end in boundaries:
+        inside = [row for row, width in enumerate(widths) if width > start]
+        if not inside:
+            break
+        contiguous = inside[-1] == len(inside) - 1
+        partial = [min(widths[row], end) - start for row in inside]
+        mask = None
+        if min(partial) < end - start:
+            mask = (torch.arange(end - start)[None, :] < torch.tensor(partial)[:, None]).to(dtype)
+        index = None if contiguous else torch.tensor(inside)
+        blocks.append(BlockRows(len(inside) if contiguous else None, index, mask))
+        start = end
+    return FfnRows(len(widths), tuple(blocks))
+
+
+class StaircaseFfn:
+    """The FFN of one layer, in blocks that end at `boundaries` (ascending, the last one the full width)."""
+
+    def __init__(
+        self,
+        gate: Tensor,  # [width, hidden]
+        up: Tensor,  # [width, hidden]
+        down: Tensor,  # [hidden, width]
+        boundaries: Sequence[int],
+        *,
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        pack: bool = True,
+    ) -> None:
+        self.boundaries = tuple(boundaries)
+        self._gate_up: list[Linear] = []
+        self._down: list[Linear] = []
+        start = 0
+        for end in boundaries:
+            bias = None
+            if gate_bias is not None and up_bias is not None:
+                bias = torch.cat([gate_bias[start:end], up_bias[start:end]])
+            self._gate_up.append(Linear(torch.cat([gate[start:end], up[start:end]]), bias, pack=pack))
+            self._down.append(Linear(down[:, start:end].clone(), down_bias if start == 0 else None, pack=pack))
+            start = end
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+        return sum(linear.nbytes for linear in (*self._gate_up, *self._down))
+
+    def add_to(self, residual: Tensor, x: Tensor, rows: FfnRows) -> Tensor:
+        """residual [rows, hidden] + FFN(x [rows, hidden]); rows without an FFN keep their residual."""
+        blocks = rows.blocks
+        if not blocks:
+            return residual
+        if len(blocks) == 1 and blocks[0].first == rows.num_rows:
+            return self._down[0].add_to(residual, self._activate(0, x, blocks[0].mask))
+        total: Tensor | None = None  # float32 [rows, hidden]
+        for number, block in enumerate(blocks):
+            if block.index is not None:
+                part = self._down[number](self._activate(number, x[block.index], block.mask))
+                total = torch.zeros(x.shape, dtype=torch.float32) if total is None else total
+                total.index_add_(0, block.index, part.float())
+                continue
+            part = self._down[number](self._activate(number, x[: block.first], block.mask))
+            if total is None:
+                total = part.float()
+                if block.first != rows.num_rows:
+                    total = torch.cat([total, total.new_zeros(rows.num_rows - total.shape[0], total.shape[1])])
+            else:
+                total[: block.first] += part
+        assert total is not None
+        return total.add_(residual).to(residual.dtype)
+
+    def _activate(self, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
+        """silu(gate x) * up x in one block, [rows, block width]."""
+        gate, up = self._gate_up[number](x).chunk(2, dim=-1)
+        out = F.silu(gate).mul_(up)
+        return out if mask is None else out.mul_(mask)
+
+
+def reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, widths: Sequence[int]) -> Tensor:
+    """The formula in float64, each row with the first `widths[row]` neurons, [rows, hidden]."""
+    rows = []
+    for row, width in enumerate(widths):
+        one = x[row].double()
+        inner = F.silu(gate[:width].double() @ one) * (up[:width].double() @ one)
+        rows.append(down[:, :width].double() @ inner)
+    return torch.stack(rows)

@@ -1,0 +1,193 @@
+"""What is known of the answers while their events come: text and log-probabilities that may leave, and what to tell.
+
+Tokens by sub-model, switches and times are counted from the tokens themselves, because an answer that ends at a stop
+string is aborted, and then the engine sends no summary.
+"""
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sortserve.engine.budget import Budget
+from sortserve.engine.protocol import (
+    FinishedEvent,
+    PromptLogprobsEvent,
+    RequestSummary,
+    TokenEvent,
+    TokenLogprob,
+)
+from sortserve.engine.text import TextStream, Tokenizer
+from sortserve.server.prepare import Job
+
+_CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Log-probabilities of one token, `start` characters into the text that the client gets."""
+
+    token: int
+    start: int
+    logprob: TokenLogprob | None  # None for the first token of a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What may leave now."""
+
+    text: str = ""
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """True where there is nothing to send."""
+        return not self.text and not self.entries
+
+
+class Answer:
+    """One answer of a job, built from its events. `finish_reason` is None until it is complete."""
+
+    def __init__(self, job: Job, place: int, tokenizer: Tokenizer) -> None:
+        self._job = job
+        self._tokenizer = tokenizer
+        self._prompt = job.prompt_of(place)
+        self._stream = TextStream(tokenizer, job.sampling.stop, self._prompt.tokens[-_CONTEXT_TOKENS:])
+        self._pending: deque[Entry] = deque()  # their text has not left, and may still turn out to be a stop string
+        self._echo_chars = 0
+        self._last_submodel: str | None = None
+        self.finish_reason: str | None = None
+        self.summary: RequestSummary | None = None
+        self.submodels: Counter[str] = Counter()
+        self.switches = 0
+        self.first_time: float | None = None
+        self.last_time: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens so far, those of a stop string included."""
+        return self.submodels.total()
+
+    def open(self) -> Delta:
+        """What leaves before the first token: the echo, unless it has to wait for its log-probabilities."""
+        return self._echo() if self._job.echo and self._job.sampling.prompt_logprobs is None else Delta()
+
+    def prompt(self, event: PromptLogprobsEvent) -> Delta:
+        """The echo with its log-probabilities."""
+        delta, start, entries = self._echo(), 0, []
+        if not self._job.tell_logprobs:
+            return delta
+        for token, logprob in zip(self._prompt.tokens, event.logprobs, strict=True):
+            entries.append(Entry(token, start, logprob))
+            start += len(self._tokenizer.token_bytes(token).decode("utf-8", "ignore"))
+        return Delta(delta.text, tuple(entries))
+
+    def token(self, event: TokenEvent, now: float) -> Delta:
+        """One more token, on its way to the client at `now`. Sets `finish_reason` if it completes a stop string."""
+        self.submodels[event.submodel] += 1
+        self.switches += self._last_submodel not in (None, event.submodel)
+        self._last_submodel = event.submodel
+        self.first_time = now if self.first_time is None else self.first_time
+        self.last_time = now
+        if self._job.tell_logprobs:
+            self._pending.append(Entry(event.token, self._echo_chars + self._stream.decoded_chars, event.logprob))
+        text = self._stream.push(event.token)
+        if self._stream.stopped is not None:
+            self.finish_reason = "stop"
+        return Delta(text, self._release())
+
+    def finish(self, event: FinishedEvent) -> Delta:
+        """The end as the engine tells it: what was held back leaves."""
+        self.summary = event.summary
+        self.finish_reason = event.reason
+        text = self._stream.finish()
+        entries = tuple(self._pending)
+        self._pending.clear()
+        return Delta(text, entries)
+
+    def met(self, budget: Budget, arrival: float, last_time: float) -> bool:
+        """Whether the budget was kept, the last token being written at `last_time`."""
+        if self.first_time is None:  # no token was asked for: only the total can be late
+            return budget.total_ms is None or (last_time - arrival) * 1e3 <= budget.total_ms
+        return budget.met(arrival, self.first_time, last_time, self.num_tokens)
+
+    def _echo(self) -> Delta:
+        prompt = self._prompt
+        text = self._tokenizer.decode(prompt.tokens, skip_special_tokens=False) if prompt.text is None else prompt.text
+        self._echo_chars = len(text)
+        return Delta(text)
+
+    def _release(self) -> tuple[Entry, ...]:
+        """Entries whose text has begun to leave."""
+        left = self._echo_chars + self._stream.emitted_chars
+        entries = []
+        while self._pending and self._pending[0].start < left:
+            entries.append(self._pending.popleft())
+        return tuple(entries)
+
+
+def usage(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The `usage` object as of now."""
+    completion = sum(answer.num_tokens for answer in answers)
+    told: dict[str, Any] = {
+        "prompt_tokens": job.num_prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": job.num_prompt_tokens + completion,
+    }
+    summaries = [answer.summary for answer in answers if answer.summary is not None]
+    if len(summaries) == len(answers):
+        told["prompt_tokens_details"] = {"cached_tokens": sum(summary.cached_tokens for summary in summaries)}
+    return told
+
+
+def tell(job: Job, answers: Sequence[Answer], now: float) -> dict[str, Any]:
+    """The `sortserve` object. `refilled_tokens` is null where a stop string ended an answer: no count was sent."""
+    submodels: Counter[str] = Counter()
+    for answer in answers:
+        submodels.update(answer.submodels)
+    summaries = [answer.summary for answer in answers]
+    budget = job.terms.budget
+    return {
+        "submodels": dict(submodels),
+        "switches": sum(answer.switches for answer in answers),
+        "refilled_tokens": None if None in summaries else sum(s.refilled_tokens for s in summaries if s is not None),
+        "budget_ms": None if budget is None else budget.total_ms,
+        "elapsed_ms": round((now - job.arrival) * 1e3, 3),
+        "ttft_ms": _milliseconds(first_token_seconds(job, answers)),
+        "tpot_ms": _milliseconds(per_token_seconds(answers)),
+        "met": all_met(job, answers, now),
+        "kv": next((s.kv_mode for s in summaries if s is not None), job.terms.effective_kv_mode),
+        "cut": any(s.cut for s in summaries if s is not None),
+    }
+
+
+def all_met(job: Job, answers: Sequence[Answer], now: float) -> bool | None:
+    """Whether every answer kept the budget; None without one. A body that is not streamed leaves as a whole at `now`,
+    so that is when its last token is written; a first token counts from when it was there."""
+    budget = job.terms.budget
+    if budget is None:
+        return None
+    return all(
+        answer.met(budget, job.arrival, now if not job.stream or answer.last_time is None else answer.last_time)
+        for answer in answers
+    )
+
+
+def first_token_seconds(job: Job, answers: Sequence[Answer]) -> float | None:
+    """Arrival to the first token of any answer; None if there was none."""
+    times = [answer.first_time for answer in answers if answer.first_time is not None]
+    return min(times) - job.arrival if times else None
+
+
+def per_token_seconds(answers: Sequence[Answer]) -> float | None:
+    """Mean time per output token after the first, over answers of two tokens and more."""
+    means = [
+        (answer.last_time - answer.first_time) / (answer.num_tokens - 1)
+        for answer in answers
+        if answer.first_time is not None and answer.last_time is not None and answer.num_tokens > 1
+    ]
+    return sum(means) / len(means) if means else None
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 3)

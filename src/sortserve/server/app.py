@@ -1,0 +1,57 @@
+"""The HTTP app: `create_app(backend, tokenizer, options)`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+import sortserve
+from sortserve.engine.protocol import Backend
+from sortserve.engine.text import Tokenizer
+from sortserve.server.context import EXPOSED_HEADERS, ContextMiddleware
+from sortserve.server.errors import install_error_handlers
+from sortserve.server.routes import generation_routes, model_routes, operation_routes
+from sortserve.server.state import ServerOptions, ServerState
+
+
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    options: ServerOptions | None = None,
+    on_startup_failure: Callable[[], None] | None = None,
+) -> FastAPI:
+    """An app that answers at once and starts `backend` in the background; `/ready` tells when it is there.
+
+    `app.state.server` is the ServerState. `on_startup_failure` is called when the back end cannot start; the reason is
+    in `app.state.server.failure` then.
+    """
+    state = ServerState(backend, tokenizer, options or ServerOptions(), on_startup_failure)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(state.load())
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await state.drain()
+
+    # no /docs: its page loads scripts from other sites
+    app = FastAPI(title="SortServe", version=sortserve.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.server = state
+    install_error_handlers(app)
+    for routes in (generation_routes, model_routes, operation_routes):
+        app.include_router(routes(state))
+    app.add_middleware(ContextMiddleware, state=state)
+    if state.options.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(state.options.allow_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    return app

@@ -1,0 +1,195 @@
+"""The command line: `sortserve serve | generate | ladder | bench`.
+
+`main` returns the exit code: 0, 1 for a request that was refused or an engine that died, 2 for a server or model that
+cannot start with what it was given. What needs torch is imported by the command that needs it.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import sortserve
+from sortserve.engine.errors import ModelFolderError, SortServeError, StartupError
+
+BUNDLED = Path(sortserve.__file__).parent / "bundled"
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+_TOP = """\
+Serve one set of sorted weights as many sub-models; each request says how long it may take.
+
+  sortserve serve                               the bundled model at http://127.0.0.1:8000
+  sortserve serve ./Qwen2.5-0.5B --port 9000    a Hugging Face folder
+  sortserve generate --prompt 'Once upon' --budget-ms 300
+  sortserve ladder ./Qwen2.5-0.5B               the sub-models it offers, and what they cost
+  sortserve bench ./Qwen2.5-0.5B                how fast each of them is here
+"""
+_SERVE = """\
+examples:
+  sortserve serve
+  sortserve serve ./model --host 0.0.0.0 --api-key "$KEY" --kv-memory 2GiB
+  sortserve serve ./model --ladder ./ladder.json --default-latency-budget-ms 800
+  sortserve serve ./model --policy fixed --fixed-submodel d12     one sub-model for every request
+
+then:
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+       -H 'X-Latency-Budget-Ms: 500' -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+
+It listens at once; /ready is 503 until the model is loaded. SIGTERM or Ctrl-C: new requests get 503, running ones
+have --shutdown-timeout seconds to finish; a second one ends it at once.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors are one line on stderr."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return _run(args)
+    except SortServeError as error:
+        print(f"sortserve: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, StartupError) else 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sortserve", description=_TOP, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"sortserve {sortserve.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    serve = commands.add_parser("serve", help="serve over HTTP", epilog=_SERVE, formatter_class=raw)
+    _add_serve(serve)
+
+    generate = commands.add_parser("generate", help="answer prompts here, without a server")
+    _add_model(generate)
+    generate.add_argument("--prompt", action="append", required=True, help="may repeat; - reads it from stdin")
+    generate.add_argument("--budget-ms", type=float, help="milliseconds for all of it; the sub-model is chosen to fit")
+    generate.add_argument("--submodel", default="auto", help="an id of `sortserve ladder`; default: auto")
+    generate.add_argument("--max-tokens", type=int, default=64, help="output tokens per prompt; default: 64")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; default: 0")
+    generate.add_argument("--seed", type=int, help="for a temperature above 0")
+
+    ladder = commands.add_parser("ladder", help="list the sub-models of a model folder; loads no weights")
+    ladder.add_argument("model", nargs="?", type=Path, help="model folder; default: the bundled one")
+    ladder.add_argument("--ladder", type=Path, metavar="FILE", help="instead of ladder.json in the model folder")
+
+    bench = commands.add_parser("bench", help="measure each sub-model: latency alone, throughput in a batch")
+    _add_model(bench)
+    bench.add_argument("--prompt-tokens", type=positive, default=64, help="default: 64")
+    bench.add_argument("--max-tokens", type=positive, default=32, help="output tokens per prompt; default: 32")
+    bench.add_argument("--batch", type=positive, default=8, help="prompts at a time for the throughput; default: 8")
+    bench.add_argument("--repeats", type=positive, default=3, help="runs to take the median of; default: 3")
+    return parser
+
+
+def model_folder(given: Path | None) -> Path:
+    """The folder to load. Raises ModelFolderError if none was given and none is bundled."""
+    if given is not None:
+        return given
+    if not (BUNDLED / "config.json").is_file():
+        raise ModelFolderError(
+            f"no MODEL was given and this installation has no bundled one in {BUNDLED}; give a folder"
+        )
+    return BUNDLED
+
+
+def size(text: str) -> int:
+    """`512MiB`, `2GiB`, `1.5gb` or plain bytes, as a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower(), re.ASCII)
+    num_bytes = 0
+    if match is not None:
+        num_bytes = int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS.get(match[2], 0))
+    if num_bytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 512MiB, 2GiB")
+    return num_bytes
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _milliseconds(text: str) -> float:
+    from sortserve.server.budget_headers import parse_milliseconds
+
+    try:
+        return parse_milliseconds(text, "budget")
+    except SortServeError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds, 0 or more")
+    return seconds
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a port in [0, 65535]; 0 takes a free one")
+    return int(text)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", type=Path, metavar="MODEL", help="Hugging Face model folder; default: the bundled one"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; default: auto")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=positive, help="CPU threads; default: the cores this process may use")
+    parser.add_argument(
+        "--max-model-len", type=positive, help="tokens, prompt + output; default: what model and memory allow"
+    )
+    parser.add_argument(
+        "--kv-memory", type=size, metavar="SIZE", help="for K/V, like 512MiB or 2GiB; default: what is free"
+    )
+    parser.add_argument(
+        "--ladder", type=Path, metavar="FILE", help="default: ladder.json in the model folder, or built in"
+    )
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
+    _add_model(serve)
+    add = serve.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all; default: 127.0.0.1")
+    add("--port", type=_port, default=8000, help="default: 8000; 0 takes a free one")
+    add("--served-model-name", default="", metavar="NAME", help="`model` in the API; default: the folder's name")
+    add("--api-key", action="append", default=[], metavar="KEY", help="may repeat; without one everybody may ask")
+    add("--default-latency-budget-ms", type=_milliseconds, metavar="MS", help="for requests without a budget")
+    add("--policy", default="slack", choices=("slack", "fixed"), help="how sub-models are chosen; default: slack")
+    add("--fixed-submodel", metavar="ID", help="what `auto` requests run under --policy fixed")
+    add("--max-batch-tokens", type=positive, default=256, help="rows of one step; default: 256")
+    add("--max-queue", type=positive, default=1024, help="requests that may wait; one more gets 429; default: 1024")
+    add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
+    add("--backend", default="native", choices=("native",), help="default: native")
+    add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")
+    add("--shutdown-timeout", type=_seconds, default=55.0, help="seconds to finish in on SIGTERM; default: 55")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _run(args: argparse.Namespace) -> int:
+    folder = model_folder(args.model)
+    if args.command == "serve":
+        from sortserve.server.serve import serve
+
+        return serve(folder, args)
+    from sortserve.server import offline
+
+    commands = {"generate": offline.generate, "ladder": offline.ladder, "bench": offline.bench}
+    return commands[args.command](folder, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""From a request body to what the back end is asked: prompts as token ids, sampling, budget, one request per answer."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from starlette.datastructures import Headers
+
+from sortserve.engine.errors import ContextLengthError, RequestError
+from sortserve.engine.protocol import EngineInfo, GenerateRequest
+from sortserve.engine.sampling import SamplingParams
+from sortserve.engine.text import LONG_TEXT_CHARS
+from sortserve.server.budget_headers import Terms, read_terms
+from sortserve.server.schemas import (
+    MAX_SEQUENCES,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationFields,
+)
+from sortserve.server.state import ServerState
+
+DEFAULT_COMPLETION_TOKENS = 16
+T = TypeVar("T")
+Endpoint = Literal["completions", "chat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt; `text` as the client wrote it, None where it came as token ids."""
+
+    tokens: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request for text, checked. Answer i belongs to prompt i // num_choices."""
+
+    endpoint: Endpoint
+    id: str
+    created: int  # seconds since 1970
+    model: str
+    prompts: tuple[Prompt, ...]
+    num_choices: int
+    sampling: SamplingParams
+    terms: Terms
+    arrival: float
+    stream: bool
+    include_usage: bool = False
+    usage_in_every_chunk: bool = False
+    echo: bool = False
+    tell_logprobs: bool = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts; several answers to one count it once."""
+        return sum(len(prompt.tokens) for prompt in self.prompts)
+
+    def prompt_of(self, place: int) -> Prompt:
+        """The prompt that answer `place` continues."""
+        return self.prompts[place // self.num_choices]
+
+    def requests(self) -> list[GenerateRequest]:
+        """One per answer. The budget covers all; seeds differ between answers to one prompt."""
+        terms, made = self.terms, []
+        for place in range(len(self.prompts) * self.num_choices):
+            sampling, choice = self.sampling, place % self.num_choices
+            if sampling.seed is not None and choice:
+                sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
+            made.append(
+                GenerateRequest(
+                    f"{self.id}-{place}",  # made here: what a client calls its request need not be unique
+                    self.prompt_of(place).tokens,
+                    sampling,
+                    self.arrival,
+                    terms.budget,
+                    terms.submodel,
+                    terms.floor,
+                    terms.quality_floor,
+                    terms.kv_mode,
+                )
+            )
+        return made
+
+
+async def prepare_completion(body: CompletionRequest, headers: Headers, arrival: float, state: ServerState) -> Job:
+    """The job of POST /v1/completions. Raises RequestError for whatever cannot be served."""
+    body.check()
+    pinned, info = state.model_and_pin(body.model), state.backend.info
+    terms = _terms(body, headers, state, pinned)
+    prompts = await _prompts(body.prompt, state)
+    if len(prompts) * body.num_choices > MAX_SEQUENCES:
+        raise RequestError(
+            f"{len(prompts)} prompts x n {body.num_choices} are {len(prompts) * body.num_choices} answers, "
+            f"at most {MAX_SEQUENCES} in one request; send several requests",
+            param="prompt",
+        )
+    asked = body.asked_max_tokens()
+    max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else asked
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    _check_context(longest, max_tokens, info)
+    echo = bool(body.echo)
+    wants_prompt_logprobs = echo and (body.logprobs is not None or max_tokens == 0)
+    sampling = _sampling(body, info, max_tokens, body.logprobs, (body.logprobs or 0) if wants_prompt_logprobs else None)
+    return _job("completions", body, prompts, sampling, terms, arrival, info, echo, body.logprobs is not None)
+
+
+async def prepare_chat(body: ChatCompletionRequest, headers: Headers, arrival: float, state: ServerState) -> Job:
+    """The job of POST /v1/chat/completions. Raises RequestError for whatever cannot be served."""
+    body.check()
+    pinned, info = state.model_and_pin(body.model), state.backend.info
+    terms = _terms(body, headers, state, pinned)
+    messages = [message.for_template() for message in body.messages]
+    num_chars = sum(len(str(message["content"])) for message in messages)
+    tokens = await _maybe_in_thread(num_chars, lambda: state.tokenizer.chat(messages))
+    asked = body.asked_max_tokens()
+    # one more than fits where nothing is left, so that the error names the prompt's length and the limit
+    max_tokens = max(1, info.max_model_len - len(tokens)) if asked is None else asked
+    _check_prompt(tokens, info, "messages")
+    _check_context(len(tokens), max_tokens, info, "messages")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = _sampling(body, info, max_tokens, logprobs, None)
+    prompts = (Prompt(tuple(tokens)),)
+    return _job("chat", body, prompts, sampling, terms, arrival, info, False, logprobs is not None)
+
+
+def _job(
+    endpoint: Endpoint,
+    body: GenerationFields,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    terms: Terms,
+    arrival: float,
+    info: EngineInfo,
+    echo: bool,
+    tell_logprobs: bool,
+) -> Job:
+    options = body.stream_options
+    return Job(
+        endpoint,
+        f"{'chatcmpl' if endpoint == 'chat' else 'cmpl'}-{uuid.uuid4().hex}",
+        int(time.time()),
+        body.model or info.model,
+        tuple(prompts),
+        body.num_choices,
+        sampling,
+        terms,
+        arrival,
+        bool(body.stream),
+        options is not None and options.include_usage,
+        options is not None and options.continuous_usage_stats,
+        echo,
+        tell_logprobs,
+    )
+
+
+def _terms(body: GenerationFields, headers: Headers, state: ServerState, pinned: str | None) -> Terms:
+    info = state.backend.info
+    return read_terms(
+        headers,
+        body,
+        info.ladder,
+        pinned=pinned,
+        default_budget_ms=state.options.default_latency_budget_ms,
+        capabilities=info.capabilities,
+    )
+
+
+def _sampling(
+    body: GenerationFields, info: EngineInfo, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """SamplingParams from the fields given; the rest keeps its defaults. Raises RequestError."""
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": 0 if body.top_k == -1 else body.top_k,  # -1 is how vLLM's clients say off
+        "min_p": body.min_p,
+        "frequency_penalty": body.frequency_penalty,
+        "presence_penalty": body.presence_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "seed": body.seed,
+        "ignore_eos": body.ignore_eos,
+        "min_tokens": body.min_tokens,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "logit_bias": None if body.logit_bias is None else _logit_bias(body.logit_bias, info.vocab_size),
+        "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+    }
+    return SamplingParams(max_tokens=max_tokens, **{name: value for name, value in given.items() if value is not None})
+
+
+def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
+    bias = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
+            raise RequestError(
+                f"logit_bias has the key {key[:32]!r}, must be a token id in [0, {vocab_size})", param="logit_bias"
+            )
+        bias[int(key)] = value
+    return bias
+
+
+async def _prompts(prompt: str | list[str] | list[int] | list[list[int]], state: ServerState) -> list[Prompt]:
+    """One or several prompts as token ids. Raises RequestError for an empty one or ids out of range."""
+    if isinstance(prompt, str):
+        texts, ids = [prompt], []
+    else:
+        texts = [item for item in prompt if isinstance(item, str)]
+        ids = [item for item in prompt if isinstance(item, list)]
+        if not texts and not ids:
+            ids = [[item for item in prompt if isinstance(item, int)]]
+    if any(not text for text in texts):
+        raise RequestError("prompt is empty; give at least one character or token", param="prompt")
+    encoded = await _maybe_in_thread(
+        sum(map(len, texts)), lambda: [Prompt(tuple(state.tokenizer.encode(text)), text) for text in texts]
+    )
+    prompts = [*encoded, *(Prompt(tuple(tokens)) for tokens in ids)]
+    for made in prompts:
+        _check_prompt(made.tokens, state.backend.info, "prompt")
+    return prompts
+
+
+async def _maybe_in_thread(num_chars: int, work: Callable[[], T]) -> T:
+    """Run `work` here, or in a thread where it would keep the event loop from other requests for too long."""
+    return await asyncio.to_thread(work) if num_chars >= LONG_TEXT_CHARS else work()
+
+
+def _check_prompt(tokens: Sequence[int], info: EngineInfo, param: str) -> None:
+    if not tokens:
+        raise RequestError(f"{param}: the prompt is empty; give at least one character or token", param=param)
+    if not 0 <= min(tokens) <= max(tokens) < info.vocab_size:
+        worst = max(tokens) if max(tokens) >= info.vocab_size else min(tokens)
+        raise RequestError(f"{param} holds the token id {worst}, must be in [0, {info.vocab_size})", param=param)
+
+
+def _check_context(num_prompt: int, max_tokens: int, info: EngineInfo, param: str = "prompt") -> None:
+    if num_prompt + max_tokens > info.max_model_len:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together {num_prompt + max_tokens}; "
+            f"this model's context is {info.max_model_len} tokens: shorten the prompt or lower max_tokens",
+            param=param,
+        )

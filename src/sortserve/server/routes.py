@@ -1,0 +1,215 @@
+"""The paths of the contract. Each handler reads, asks, and answers; what it asks is elsewhere."""
+
+import asyncio
+import logging
+import re
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+import sortserve
+from sortserve.engine.errors import (
+    DrainingError,
+    EngineFailedError,
+    RequestError,
+    UnavailableError,
+)
+from sortserve.engine.protocol import EngineStats
+from sortserve.server.completions import Generation
+from sortserve.server.context import Record
+from sortserve.server.errors import LoadingError
+from sortserve.server.prepare import Job, prepare_chat, prepare_completion
+from sortserve.server.schemas import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+    CompletionResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from sortserve.server.state import ServerState
+
+_LOG = logging.getLogger("sortserve.server")
+_STATS_SECONDS = 2.0  # a scrape must not hang on an engine that does
+_PREDICTED_PROMPT_TOKENS = 256
+_MAX_SHOWN_FIELDS = 20
+_FIELD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+
+
+def generation_routes(state: ServerState) -> APIRouter:
+    """Completions and chat completions."""
+    router = APIRouter(responses=_ERRORS)
+
+    @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionResponse}})
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        record = _take_up(request, body, state)
+        job = await prepare_completion(body, request.headers, record.arrival, state)
+        return await _generate(request, record, job)
+
+    @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletionResponse}})
+    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+        record = _take_up(request, body, state)
+        job = await prepare_chat(body, request.headers, record.arrival, state)
+        return await _generate(request, record, job)
+
+    async def _generate(request: Request, record: Record, job: Job) -> Response:
+        record.generation = Generation(state, job)
+        return await record.generation.respond(request)
+
+    return router
+
+
+def model_routes(state: ServerState) -> APIRouter:
+    """What is served: models, sub-models, and the tokenizer."""
+    router = APIRouter(responses=_ERRORS)
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        state.require_loaded()
+        return {"object": "list", "data": _models(state)}
+
+    @router.get("/v1/models/{model_id:path}")
+    async def model(model_id: str) -> dict[str, Any]:
+        state.require_loaded()
+        state.model_and_pin(model_id)
+        return next(model for model in _models(state) if model["id"] == model_id)
+
+    @router.get("/v1/submodels")
+    async def submodels() -> dict[str, Any]:
+        state.require_ready()
+        return {"object": "list", "data": await _submodels(state)}
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        state.require_loaded()
+        tokens = await asyncio.to_thread(state.tokenizer.encode, body.prompt, body.add_special_tokens)
+        return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.backend.info.max_model_len)
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        state.require_loaded()
+        limit = state.backend.info.vocab_size
+        if body.tokens and max(body.tokens) >= limit:
+            raise RequestError(f"tokens holds {max(body.tokens)}, must be in [0, {limit})", param="tokens")
+        text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, False)
+        return DetokenizeResponse(prompt=text)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        tokenizer = state.tokenizer
+        return {
+            "tokenizer_class": tokenizer.config.get("tokenizer_class"),
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "chat_template": tokenizer.chat_template,
+        }
+
+    return router
+
+
+def operation_routes(state: ServerState) -> APIRouter:
+    """Probes, metrics, version."""
+    router = APIRouter(responses=_ERRORS)
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        if state.phase == "failed" or (state.phase == "ready" and not state.backend.alive):
+            raise EngineFailedError("the engine is dead; the server must be restarted")
+        return {"status": "ok"}
+
+    @router.get("/ready")
+    async def ready() -> dict[str, str]:
+        state.require_ready()
+        return {"status": "ready"}
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": sortserve.__version__}
+
+    @router.get("/metrics", response_model=None)
+    async def metrics(request: Request) -> Response:
+        up = state.phase in ("ready", "draining") and state.backend.alive
+        stats = await _stats(state) if up else None
+        content, content_type = state.metrics.render(
+            stats, up and state.phase == "ready", request.headers.get("accept", "")
+        )
+        return Response(content, headers={"Content-Type": content_type})
+
+    return router
+
+
+def _take_up(request: Request, body: CompletionRequest | ChatCompletionRequest, state: ServerState) -> Record:
+    """The record of a request that generates. Raises UnavailableError, counted, if none can be taken now."""
+    record: Record = request.state.record
+    if body.request_id is not None:
+        if not body.request_id.isascii() or not body.request_id.isprintable():
+            raise RequestError("request_id must be printable ASCII of at most 128 characters", param="request_id")
+        if not record.id_was_given:
+            record.request_id = body.request_id
+    try:
+        state.require_ready()
+    except UnavailableError as error:
+        state.metrics.drop(_drop_reason(error))
+        raise
+    if body.model_extra:
+        names = [name if _FIELD.fullmatch(name) else "?" for name in list(body.model_extra)[:_MAX_SHOWN_FIELDS]]
+        _LOG.info("request id=%s ignored unknown fields: %s", record.request_id, ", ".join(names))
+    return record
+
+
+def _drop_reason(error: UnavailableError) -> str:
+    reasons: dict[type, str] = {LoadingError: "loading", DrainingError: "draining"}
+    return reasons.get(type(error), "engine_failed")
+
+
+def _models(state: ServerState) -> list[dict[str, Any]]:
+    info = state.backend.info
+    common = {"object": "model", "created": state.created, "owned_by": "sortserve", "max_model_len": info.max_model_len}
+    base = {"id": info.model, **common, "root": info.model, "parent": None}
+    return [base] + [
+        {"id": f"{info.model}:{entry.id}", **common, "root": info.model, "parent": info.model}
+        for entry in info.ladder.entries
+    ]
+
+
+async def _submodels(state: ServerState) -> list[dict[str, Any]]:
+    """The ladder with what each sub-model would take for one more request of 256 prompt tokens now."""
+    ladder = state.backend.info.ladder
+    predictions = await state.backend.predict(_PREDICTED_PROMPT_TOKENS)
+    metric = ladder.measured.metric if ladder.measured is not None else None
+    told = []
+    for entry in ladder.entries:
+        quality, submodel, prediction = entry.quality, entry.submodel, predictions.get(entry.id)
+        told.append(
+            {
+                "id": entry.id,
+                "object": "submodel",
+                "depth": submodel.depth,
+                "width": submodel.widths[0] if len(set(submodel.widths)) == 1 else list(submodel.widths),
+                "skips": {
+                    "attention": list(submodel.skip_attention),
+                    "ffn": [layer for layer, width in enumerate(submodel.widths) if width == 0],
+                },
+                "parameters": submodel.parameters(ladder.shape),
+                "degraded": entry.degraded,
+                "quality": None if quality is None else {"metric": metric, **msgspec.structs.asdict(quality)},
+                "predicted_ttft_ms": None if prediction is None else prediction.ttft_seconds * 1e3,
+                "predicted_tpot_ms": None if prediction is None else prediction.tpot_seconds * 1e3,
+            }
+        )
+    return told
+
+
+async def _stats(state: ServerState) -> EngineStats | None:
+    try:
+        async with asyncio.timeout(_STATS_SECONDS):
+            return await state.backend.stats()
+    except TimeoutError:
+        _LOG.warning("the engine did not answer with its counters within %.0f s", _STATS_SECONDS)
+        return None

@@ -1,0 +1,280 @@
+"""Bodies of requests, with OpenAI's names. Types are strict: `"5"` is no number and 1 is no boolean.
+
+Ranges that SamplingParams or Budget check are left to them, so that the same words answer for HTTP and Python.
+Unknown fields are kept aside (`model_extra`) for a log line; `unsupported` names known ones that are not served.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sortserve.engine.errors import RequestError
+
+MAX_CHOICES = 16
+MAX_SEQUENCES = 1024  # prompts x n of one request
+
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # a larger one would overflow a float where it is compared
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`: usage in a chunk of its own at the end, or in every chunk."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ResponseFormat(BaseModel):
+    """`response_format`: only `text` is served."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+
+
+class GenerationFields(BaseModel):
+    """What completions and chat completions have in common."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    max_tokens: Int64 | None = None
+    max_completion_tokens: Int64 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int64 | None = None
+    min_p: float | None = None
+    n: Int64 | None = None
+    best_of: Int64 | None = None
+    stop: str | list[str] | None = None
+    seed: Int64 | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Int64 | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    priority: Int64 | None = None
+    request_id: str | None = Field(None, min_length=1, max_length=128)
+    echo: bool | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    latency_budget_ms: float | str | None = None
+    latency_budget_ttft_ms: float | str | None = None
+    latency_budget_tpot_ms: float | str | None = None
+    latency_budget_policy: str | None = None
+    submodel: str | None = None
+    submodel_floor: str | None = None
+    quality_floor: float | None = None
+    kv_mode: str | None = None
+
+    def unsupported(self) -> Iterator[tuple[str, str]]:
+        """(field, why) of each known field whose value is not served."""
+        if self.response_format is not None and self.response_format.type != "text":
+            yield "response_format", f"type {self.response_format.type[:64]!r} is not supported, only text is"
+        for name in ("tools", "functions"):
+            if getattr(self, name):
+                yield name, "tool calls are not supported; leave the field out"
+        if self.tool_choice not in (None, "none", "auto"):
+            yield "tool_choice", "tool calls are not supported; leave the field out"
+        if self.best_of not in (None, 1, self.n):
+            yield "best_of", f"is {self.best_of}, only the value of n is supported"
+        if self.priority not in (None, 0):
+            yield "priority", f"is {self.priority}, only 0 is supported"
+        if self.stream_options is not None and not self.stream:
+            yield "stream_options", "is only allowed when stream is true"
+
+    def check(self) -> None:
+        """Raise RequestError for the first thing that is not served."""
+        for field, why in self.unsupported():
+            raise RequestError(f"{field}: {why}", param=field)
+        if not 1 <= self.num_choices <= MAX_CHOICES:
+            raise RequestError(f"n is {self.num_choices}, must be in [1, {MAX_CHOICES}]", param="n")
+
+    @property
+    def num_choices(self) -> int:
+        """`n` with its default."""
+        return 1 if self.n is None else self.n
+
+    def asked_max_tokens(self) -> int | None:
+        """The output limit under whichever name it came. Raises RequestError if the two names disagree."""
+        given = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
+        if len(given) > 1:
+            raise RequestError(
+                f"max_tokens is {self.max_tokens}, max_completion_tokens is {self.max_completion_tokens}; "
+                "give one of them",
+                param="max_completion_tokens",
+            )
+        return given.pop() if given else None
+
+
+class CompletionRequest(GenerationFields):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: Int64 | None = None
+    suffix: str | None = None
+
+    def unsupported(self) -> Iterator[tuple[str, str]]:
+        """Also `suffix`: these models continue, they do not fill in."""
+        yield from super().unsupported()
+        if self.suffix:
+            yield "suffix", "is not supported; leave it out"
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content; only text is served."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    """One message; further fields are handed to the chat template as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[ContentPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message with its content as one string. Raises RequestError for parts that are not text."""
+        content = self.content
+        if isinstance(content, list):
+            for part in content:
+                if part.type != "text" or part.text is None:
+                    raise RequestError(
+                        f"message content of type {part.type[:64]!r} is not supported, only text is", param="messages"
+                    )
+            content = "".join(part.text or "" for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": "" if content is None else content}
+
+
+class ChatCompletionRequest(GenerationFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Int64 | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+
+    def unsupported(self) -> Iterator[tuple[str, str]]:
+        """Also what only completions have, and other media."""
+        yield from super().unsupported()
+        if self.echo:
+            yield "echo", "is only supported by /v1/completions"
+        if self.top_logprobs is not None and not self.logprobs:
+            yield "top_logprobs", "needs logprobs to be true"
+        if self.modalities not in (None, ["text"]):
+            yield "modalities", "only text is supported"
+        if self.audio is not None:
+            yield "audio", "is not supported"
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /tokenize."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    tokens: list[TokenId]
+
+
+# --- what is answered, for /openapi.json ------------------------------------------------------------------------------
+
+
+class ErrorObject(BaseModel):
+    """What went wrong; `code` is a stable word, `param` the field or header."""
+
+    message: str
+    type: Literal[
+        "invalid_request_error", "authentication_error", "not_found_error", "rate_limit_error", "server_error"
+    ]
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Body of every answer that is not 2xx."""
+
+    error: ErrorObject
+
+
+class Usage(BaseModel):
+    """Tokens in and out."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Told(BaseModel):
+    """The `sortserve` object: which sub-models made the answer, and whether the budget was met."""
+
+    submodels: dict[str, int]
+    switches: int
+    refilled_tokens: int | None
+    budget_ms: float | None
+    elapsed_ms: float
+    ttft_ms: float | None
+    tpot_ms: float | None
+    met: bool | None
+    kv: Literal["exact", "reuse"]
+    cut: bool
+
+
+class AnswerFields(BaseModel):
+    """What both kinds of answer have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[dict[str, Any]]
+    usage: Usage
+    sortserve: Told
+
+
+class CompletionResponse(AnswerFields):
+    """Answer of /v1/completions when it is not streamed."""
+
+    object: Literal["text_completion"]
+
+
+class ChatCompletionResponse(AnswerFields):
+    """Answer of /v1/chat/completions when it is not streamed."""
+
+    object: Literal["chat.completion"]
+
+
+class TokenizeResponse(BaseModel):
+    """Answer of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeResponse(BaseModel):
+    """Answer of /detokenize."""
+
+    prompt: str

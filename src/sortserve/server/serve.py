@@ -1,0 +1,135 @@
+"""`sortserve serve`: the app under uvicorn, from listening to drained."""
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from sortserve.engine.config import EngineConfig
+from sortserve.engine.errors import StartupError
+from sortserve.engine.text import Tokenizer
+from sortserve.server.app import create_app
+from sortserve.server.state import ServerOptions, ServerState
+
+_LOG = logging.getLogger("sortserve.server")
+_FLUSH_SECONDS = 5  # for the last bytes of finished answers, after the back end has drained
+_KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connections, so that they close them, not we
+
+
+def serve(folder: Path, args: argparse.Namespace) -> int:
+    """Serve until a signal; the exit code. Raises StartupError."""
+    level = getattr(logging, args.log_level.upper())
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
+    config = engine_config(folder, args)
+    tokenizer = Tokenizer.load(folder)
+    listener = _listen(args.host, args.port)
+
+    from sortserve.engine.native import NativeBackend  # torch: seconds that a wrong setting above need not wait for
+
+    options = ServerOptions(
+        api_keys=tuple(args.api_key),
+        default_latency_budget_ms=args.default_latency_budget_ms,
+        shutdown_timeout=args.shutdown_timeout,
+        allow_origins=tuple(args.allow_origin),
+    )
+    app = create_app(NativeBackend(config), tokenizer, options, lambda: server.stop())
+    state: ServerState = app.state.server
+    server = DrainingServer(app, state)
+    _LOG.info("listening on http://%s:%d, loading %s", args.host, listener.getsockname()[1], folder)
+    server.run(sockets=[listener])
+    if isinstance(state.failure, StartupError):
+        raise state.failure
+    return 0 if state.failure is None else 1
+
+
+def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
+    """The engine's settings from the flags. Raises StartupError."""
+    return EngineConfig(
+        model_folder=folder,
+        served_name=args.served_model_name,
+        device=args.device,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        kv_bytes=args.kv_memory,
+        max_step_tokens=args.max_batch_tokens,
+        max_waiting=args.max_queue,
+        ladder_path=args.ladder,
+        policy=args.policy,
+        fixed_submodel=args.fixed_submodel,
+        num_threads=args.threads,
+        prefix_cache=not args.no_prefix_cache,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that goes on listening while it drains, so that probes and new requests hear a 503.
+
+    Its own graceful shutdown closes the listening socket first: clients that have not heard yet would be refused.
+    """
+
+    def __init__(self, app: object, state: ServerState) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=_FLUSH_SECONDS,
+            )
+        )
+        self._state = state
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """Exit without draining: nothing runs."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remember the loop for signals."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: exit now. Called between two bytecodes of the main thread."""
+        if self._loop is None or self._draining is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        if self._state.phase == "loading":
+            # nothing is served yet, and a thread deep in reading weights cannot be told to stop
+            _LOG.info("stopped while loading")
+            logging.shutdown()
+            os._exit(0)
+        if self._draining is None:
+            _LOG.info("draining: running requests have %.0f s", self._state.options.shutdown_timeout)
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._state.drain()
+        finally:
+            self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartupError, where uvicorn would exit by itself."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}); give another --host or --port"
+        ) from error

@@ -1,0 +1,104 @@
+"""What the routes share: back end, tokenizer, options, metrics, and the phase the server is in."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sortserve.engine.errors import DrainingError, EngineFailedError, NotFoundError, StartupError
+from sortserve.engine.protocol import Backend
+from sortserve.engine.text import Tokenizer
+from sortserve.server.errors import LoadingError
+from sortserve.server.metrics import Metrics
+
+_LOG = logging.getLogger("sortserve.server")
+
+Phase = Literal["loading", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Settings of the HTTP side."""
+
+    api_keys: tuple[str, ...] = ()  # any one of them opens; none: no key is asked for
+    default_latency_budget_ms: float | None = None  # total, for requests without a budget of their own
+    max_body_bytes: int = 4 * 1024 * 1024
+    shutdown_timeout: float = 55.0  # seconds that running requests have to finish in
+    allow_origins: tuple[str, ...] = ()  # of browsers that may call from other sites; none: no CORS headers
+
+
+@dataclass
+class ServerState:
+    """One per app. `phase` only ever moves from loading to ready or failed, and to draining."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    options: ServerOptions
+    on_startup_failure: Callable[[], None] | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    phase: Phase = "loading"
+    failure: BaseException | None = None  # why `phase` is failed
+    created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, `created` of the models
+    _drained: bool = False
+
+    async def load(self) -> None:
+        """Start the back end; a failure is kept for whoever runs the server, and told to it."""
+        try:
+            await self.backend.start()
+        except StartupError as error:
+            self.failure = error
+        except Exception as error:
+            _LOG.exception("the back end failed to start")
+            self.failure = error
+        if self.failure is None:
+            self.phase = "ready" if self.phase == "loading" else self.phase
+            self.metrics.describe(self.backend.info)
+            _LOG.info("ready: model=%s", self.backend.info.model)
+            return
+        self.phase = "failed"
+        if self.on_startup_failure is not None:
+            self.on_startup_failure()
+
+    async def drain(self) -> None:
+        """Accept nothing more; return when what runs has finished or had its time. Does nothing the second time."""
+        started, self.phase = self.phase == "ready", "draining"
+        if started and not self._drained:
+            self._drained = True
+            try:
+                # the back end keeps the time; the margin is for one that does not
+                async with asyncio.timeout(self.options.shutdown_timeout + 5.0):
+                    await self.backend.drain(self.options.shutdown_timeout)
+            except TimeoutError:
+                _LOG.warning("the back end did not drain within %.0f s", self.options.shutdown_timeout)
+
+    def require_loaded(self) -> None:
+        """Raise UnavailableError unless the model is there to be asked about."""
+        if self.phase == "failed":
+            raise EngineFailedError(f"the model could not be loaded: {self.failure}")
+        if self.phase == "loading":
+            raise LoadingError("the model is still loading; /ready tells when it is there")
+
+    def require_ready(self) -> None:
+        """Raise UnavailableError unless requests can be taken now."""
+        self.require_loaded()
+        if self.phase == "draining":
+            raise DrainingError("the server is shutting down and takes no new requests; ask another replica")
+        if not self.backend.alive:
+            raise EngineFailedError("the engine has died; the server must be restarted")
+
+    def model_and_pin(self, name: str | None) -> str | None:
+        """The sub-model that a `model` field names (`<model>:<id>`), None for the model itself.
+
+        Raises NotFoundError, listing what there is.
+        """
+        info = self.backend.info
+        if name is None or name == info.model:
+            return None
+        ids = [entry.id for entry in info.ladder.entries]
+        for submodel in ids:
+            if name == f"{info.model}:{submodel}":
+                return submodel
+        known = ", ".join([info.model, *(f"{info.model}:{submodel}" for submodel in ids)])
+        raise NotFoundError(f"no model {name[:200]!r}; this server has: {known}", param="model")

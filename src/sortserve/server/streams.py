@@ -1,0 +1,136 @@
+"""The events of several requests to a back end, merged in the order they come, and aborted when nobody listens."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import TypeVar
+
+from starlette.types import Receive
+
+from sortserve.engine.errors import EngineFailedError, SortServeError
+from sortserve.engine.protocol import (
+    AcceptedEvent,
+    Backend,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerateRequest,
+    PromptLogprobsEvent,
+    TokenEvent,
+)
+from sortserve.server.errors import INTERNAL_MESSAGE, error_of_event
+
+_LOG = logging.getLogger("sortserve.server")
+
+T = TypeVar("T")
+AnswerEvent = PromptLogprobsEvent | TokenEvent | FinishedEvent
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+class EventStreams:
+    """One back end stream per request, each read by a task of its own. `close` aborts what still runs."""
+
+    def __init__(self, backend: Backend, requests: Sequence[GenerateRequest]) -> None:
+        self._queue: asyncio.Queue[tuple[int, Event | SortServeError]] = asyncio.Queue()
+        self._early: list[tuple[int, AnswerEvent]] = []  # came before every request was accepted
+        self._open = set(range(len(requests)))
+        self._tasks = [
+            asyncio.create_task(self._pump(backend, place, request)) for place, request in enumerate(requests)
+        ]
+
+    async def accepted(self) -> list[AcceptedEvent]:
+        """Wait until every request is accepted, or the first token is there; then headers can be sent.
+
+        Raises the error of the first request that is refused.
+        """
+        accepted: dict[int, AcceptedEvent] = {}
+        while len(accepted) < len(self._tasks):
+            place, event = await self._next()
+            if isinstance(event, AcceptedEvent):
+                accepted[place] = event
+                continue
+            self._early.append((place, event))
+            if isinstance(event, TokenEvent):
+                break
+        return [accepted[place] for place in sorted(accepted)]
+
+    async def events(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
+        """(place of the request, event) until every request has finished or was stopped. Raises as `accepted`."""
+        for place, early in self._early:
+            if self._take(place, early):
+                yield place, early
+        while self._open:
+            place, event = await self._next()
+            if not isinstance(event, AcceptedEvent) and self._take(place, event):
+                yield place, event
+
+    def stop(self, place: int) -> None:
+        """Abort one request: its answer is complete."""
+        self._open.discard(place)
+        self._tasks[place].cancel()
+
+    async def close(self) -> None:
+        """Abort every request that still runs, and wait until the back end has let go of them."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _take(self, place: int, event: AnswerEvent) -> bool:
+        """Whether the event still counts: of a request that was stopped, tokens may be on their way."""
+        counts = place in self._open
+        if isinstance(event, FinishedEvent):
+            self._open.discard(place)
+        return counts
+
+    async def _next(self) -> tuple[int, AcceptedEvent | AnswerEvent]:
+        place, event = await self._queue.get()
+        while place not in self._open:  # of a request that was stopped, even a failure is of no interest
+            place, event = await self._queue.get()
+        if isinstance(event, SortServeError):
+            raise event
+        if isinstance(event, FailedEvent):
+            raise error_of_event(event)
+        return place, event
+
+    async def _pump(self, backend: Backend, place: int, request: GenerateRequest) -> None:
+        events = backend.generate(request)
+        terminal = False
+        try:
+            async for event in events:
+                self._queue.put_nowait((place, event))
+                terminal = isinstance(event, FinishedEvent | FailedEvent)
+            if not terminal:
+                self._queue.put_nowait((place, EngineFailedError("the engine ended the answer without saying why")))
+        except SortServeError as error:
+            self._queue.put_nowait((place, error))
+        except Exception:
+            _LOG.exception("request %s: the back end raised", request.request_id)
+            self._queue.put_nowait((place, SortServeError(INTERNAL_MESSAGE)))
+        finally:
+            close = getattr(events, "aclose", None)
+            if close is not None:  # an iterator that is no generator ends with its task
+                await close()
+
+
+async def gone(receive: Receive) -> None:
+    """Return when the client has closed the connection. The request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`, cancelled as soon as the client leaves. Raises ClientGoneError then."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.create_task(gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
