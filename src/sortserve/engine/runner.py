@@ -31,9 +31,10 @@ class Runner:
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         dtype = weights.embedding.dtype
-        rows = num_pages * 2 * geometry.page_layers
         self._geometry = geometry
-        self._pool = torch.zeros(rows, geometry.block_tokens, geometry.kv_width, dtype=dtype)
+        # numpy's zeros take memory page by page as it is written, torch's all at once
+        pool = torch.from_numpy(np.zeros(num_pages * geometry.page_bytes, np.uint8)).view(dtype)
+        self._pool = pool.view(-1, geometry.block_tokens, geometry.kv_width)
         self._builder = BatchBuilder(geometry, dtype, config.sliding_window)
         self._model = Model(config, weights, geometry, settings, self._builder, max_model_len)
         self._sampler = Sampler(config.shape.vocab_size)

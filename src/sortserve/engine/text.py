@@ -43,7 +43,6 @@ class Tokenizer:
         added = self._hf.get_added_tokens_decoder()
         named = {self._hf.token_to_id(text) for text in (self.bos_token, self.eos_token) if text is not None}
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | (named - {None})
-        self._ends = self._explicit_ends()
         self._spelling, self.strips_first_space = _spelling(self._hf)
         self._bytes: dict[int, bytes] = {}
         self._template = None if template is None else _compile(template)
@@ -77,21 +76,18 @@ class Tokenizer:
         return self._hf.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with BOS and EOS if `add_special_tokens` and the tokenizer adds them.
+        """Token ids of `text`, with BOS and EOS if `add_special_tokens` and tokenizer.json's post-processor adds them.
 
-        Raises RequestError for text that is not Unicode (lone surrogates).
+        `add_bos_token` of tokenizer_config.json decides nothing, as in transformers 5, which drops it wherever there is
+        a tokenizer.json. Raises RequestError for text that is not Unicode (lone surrogates).
         """
-        from_model = add_special_tokens and self._ends is None
         try:
             if len(text) < LONG_TEXT_CHARS:
-                ids = self._hf.encode(text, add_special_tokens=from_model).ids
-            else:  # only the batch call releases the GIL: 5 s of 3 MB froze every other thread with `encode`
-                ids = self._hf.encode_batch([text], add_special_tokens=from_model)[0].ids
+                return self._hf.encode(text, add_special_tokens=add_special_tokens).ids
+            # only the batch call releases the GIL: `encode` of 3 MB held up every other thread for 3 s
+            return self._hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:
             raise RequestError("text holds a lone surrogate, which is not Unicode text", param="prompt") from error
-        if add_special_tokens and self._ends is not None:
-            return [*self._ends[0], *ids, *self._ends[1]]
-        return ids
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole token sequence; bytes that are not UTF-8 become U+FFFD."""
@@ -142,16 +138,6 @@ class Tokenizer:
     def exact_bytes(self) -> bool:
         """True where text is the tokens' bytes put together, so that it can be decoded token by token."""
         return self._spelling is not None
-
-    def _explicit_ends(self) -> tuple[list[int], list[int]] | None:
-        """BOS and EOS as tokenizer_config.json says; None where it is silent and tokenizer.json decides."""
-        if "add_bos_token" not in self.config and "add_eos_token" not in self.config:
-            return None
-        ends = []
-        for wanted, text in (("add_bos_token", self.bos_token), ("add_eos_token", self.eos_token)):
-            token = self._hf.token_to_id(text) if self.config.get(wanted) and text is not None else None
-            ends.append([] if token is None else [token])
-        return ends[0], ends[1]
 
 
 class TextStream:

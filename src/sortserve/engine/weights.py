@@ -74,17 +74,16 @@ def load_weights(
     model's outputs as they are. A tied head gets a packed copy beside the embedding only where that is measured to pay.
     """
     names = source.names
+    # the biggest tensors first: their packing's second copy then is not on top of the layers
+    head = None if config.tie_embeddings else Linear(source.read(names.lm_head, dtype))
+    embedding = source.read(names.embed, dtype)
+    head = _tied_head(embedding) if head is None else head
     layers = []
     for number, layer_names in enumerate(names.layers):
         layers.append(_load_layer(source, layer_names, config, ladder.ffn_boundaries(number), dtype, sort_ffn))
         if progress is not None:
             progress(number + 1, len(names.layers))
-    embedding = source.read(names.embed, dtype)
     final_norm = source.read(names.final_norm, dtype)
-    if not config.tie_embeddings:
-        head = Linear(source.read(names.lm_head, dtype))
-    else:
-        head = _tied_head(embedding)
     return ModelWeights(embedding, tuple(layers), final_norm, head, config.tie_embeddings and not head.packed)
 
 

@@ -79,7 +79,10 @@ class Answer:
             return delta
         for token, logprob in zip(self._prompt.tokens, event.logprobs, strict=True):
             entries.append(Entry(token, start, logprob))
-            start += len(self._tokenizer.token_bytes(token).decode("utf-8", "ignore"))
+            piece = self._tokenizer.token_bytes(token).decode("utf-8", "ignore")
+            # a special token is in the text only where the client wrote it there itself
+            if token not in self._tokenizer.special_ids or delta.text.startswith(piece, start):
+                start += len(piece)
         return Delta(delta.text, tuple(entries))
 
     def token(self, event: TokenEvent, now: float) -> Delta:

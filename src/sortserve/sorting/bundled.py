@@ -6,7 +6,8 @@ Contract: reads the `*.md` books of DIR (public domain, one book a file); every 
 by neither the tokenizer nor the training, and books that share text with a held-out one are left out as well.
 Writes config, weights (bfloat16), tokenizer, generation config, ladder.json and a model card to OUT: at most 8 MB.
 The run picks its number of steps from the measured speed, so that all of it ends within --minutes; the number is
-printed and written to the card, and `--steps N` repeats exactly that schedule on any machine.
+printed and written to the card, and `--steps N` repeats that schedule whatever the machine's speed. A machine that
+slows down by more than a tenth gets a schedule that follows the clock; the card says when that happened.
 
 Recipe: `soft_loss` (Sorted LLaMA / SoFT over depth, SortedNet arXiv 2309.00255 over width), from scratch.
 """
