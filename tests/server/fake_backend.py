@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import httpx
 import tokenizers
 import uvicorn
 from fastapi import FastAPI
@@ -29,6 +30,8 @@ from sortserve.engine.protocol import (
 )
 from sortserve.engine.submodel import ModelShape, SubModel
 from sortserve.engine.text import Tokenizer
+from sortserve.server.app import create_app
+from sortserve.server.state import ServerOptions, ServerState
 
 SHAPE = ModelShape(4, 64, 128, 4, 2, 16, 258)
 MAX_MODEL_LEN = 128
@@ -168,6 +171,33 @@ def logprob_of(token: int, num_top: int) -> TokenLogprob:
     """The token itself is the second best; the best is the next byte."""
     top = (((token + 1) % 256, -0.5), (token, -1.0), ((token + 2) % 256, float("-inf")))
     return TokenLogprob(token, -1.0, top[:num_top])
+
+
+@contextlib.asynccontextmanager
+async def open_client(
+    backend: FakeBackend, options: ServerOptions | None = None, loaded: bool = True, template: str | None = TEMPLATE
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an app over `backend`, without a socket between them; `loaded`: wait until it is ready."""
+    app = create_app(backend, byte_tokenizer(template), options)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        while loaded and app.state.server.phase == "loading":
+            await asyncio.sleep(0)
+        yield client
+
+
+def state_of(client: httpx.AsyncClient) -> ServerState:
+    """The state behind a client of `open_client`."""
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    app = transport.app
+    assert isinstance(app, FastAPI)
+    state = app.state.server
+    assert isinstance(state, ServerState)
+    return state
 
 
 class _ThreadServer(uvicorn.Server):

@@ -93,9 +93,7 @@ def model_folder(given: Path | None) -> Path:
     if given is not None:
         return given
     if not (BUNDLED / "config.json").is_file():
-        raise ModelFolderError(
-            f"no MODEL was given and this installation has no bundled one in {BUNDLED}; give a folder"
-        )
+        raise ModelFolderError(f"no MODEL is given and no model is bundled in {BUNDLED}; give a model folder")
     return BUNDLED
 
 

@@ -61,7 +61,7 @@ class GenerationFields(BaseModel):
     logit_bias: dict[str, float] | None = None
     user: str | None = None
     priority: Int64 | None = None
-    request_id: str | None = Field(None, min_length=1, max_length=128)
+    request_id: str | None = Field(default=None, min_length=1, max_length=128)
     echo: bool | None = None
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = None

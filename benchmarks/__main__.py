@@ -1,0 +1,30 @@
+"""`python -m benchmarks [NAME ...] [--model FOLDER]`: run all benchmarks, or those named, and write results/NAME.json."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import decode, one_set, submodels, switching
+from benchmarks.common import DEFAULT_MODEL
+
+BENCHMARKS = {"decode": decode.run, "submodels": submodels.run, "switching": switching.run, "one_set": one_set.run}
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all if none is named")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face model folder")
+    asked = parser.parse_args()
+    unknown = set(asked.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    if not (asked.model / "config.json").exists():
+        parser.error(f"{asked.model} holds no model; give one with --model FOLDER")
+    for name, run in BENCHMARKS.items():
+        if not asked.names or name in asked.names:
+            print(f"== {name}: {asked.model.name}")
+            run(asked.model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""One set of weights: 160 ladder entries against one, in resident memory, in full-model decode, and in the weight bytes
+that switching among them moves; and the peak of memory while loading."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.common import Driver, alternate, median, paired_ratio, report
+from sortserve.engine.config import load_model_config
+from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.submodel import SubModel
+
+CONTEXT = 64
+STEPS = 12
+ROUNDS = 9
+
+
+def ladder_160(model: Path) -> Ladder:
+    """4 exits x 4 widths x 10 sets of skipped layers (none, and nine of an attention or FFN each)."""
+    shape = load_model_config(model).shape
+    layers = shape.num_layers
+    entries = []
+    for depth in (layers // 4, layers // 2, layers * 3 // 4, layers):
+        for share in (0.25, 0.5, 0.75, 1.0):
+            width = round(shape.ffn_width * share / 128) * 128
+            for skip in range(10):
+                attention = [skip // 2] if skip % 2 else []
+                ffn = [skip // 2] if skip and not skip % 2 else []
+                submodel = SubModel.make(depth, width, attention, ffn)
+                entries.append(Entry(f"d{depth}-w{round(100 * share)}-s{skip}", submodel))
+    return Ladder.of(shape, entries)
+
+
+def run(model: Path) -> None:
+    """Memory in two fresh processes, decode in pairs in this one."""
+    one, many = (_memory(model, count) for count in (1, 160))
+    resident, peak = many["resident"] / one["resident"], many["peak"] / many["weights"]
+    print(f"resident after load: 1 entry {one['resident'] / 2**20:.0f} MiB, 160 {many['resident'] / 2**20:.0f} MiB: {resident:.4f}")
+    print(f"peak while loading over weights: {many['peak'] / 2**20:.0f} / {many['weights'] / 2**20:.0f} MiB: {peak:.3f}")
+    shape = load_model_config(model).shape
+    drivers = [
+        Driver.load(model, ladder, kv_bytes=256 << 20, max_model_len=1024)
+        for ladder in (Ladder.of(shape, []), ladder_160(model))
+    ]
+    first, second = alternate([_decode(driver) for driver in drivers], ROUNDS)
+    speed = paired_ratio(first, second)
+    print(f"full-model decode: 1 entry {1e3 * median(first):.1f} ms, 160 {1e3 * median(second):.1f} ms: {speed:.3f} of its speed")
+    moved = _moved(drivers[1])
+    print(f"weight bytes moved by switching through all {len(drivers[1].engine.info.ladder.entries)} entries: {moved}")
+    report(
+        "one_set",
+        {"resident_ratio": resident, "peak_ratio": peak, "decode_speed_ratio": speed, "moved_bytes": moved},
+        {
+            "resident memory with 160 entries at most 1.01x": resident <= 1.01,
+            "peak while loading at most 1.3x the weights": peak <= 1.3,
+            "full-model decode at least 0.97x of a one-entry ladder": speed >= 0.97,
+            "0 weight bytes moved by switches": moved == 0,
+        },
+    )
+
+
+def _decode(driver: Driver) -> Callable[[], float]:
+    def seconds() -> float:
+        driver.clear()
+        driver.submit(CONTEXT, STEPS + 4, pinned=True)
+        driver.catch_up()
+        driver.step()
+        return median(driver.step()[0] for _ in range(STEPS))
+
+    return seconds
+
+
+def _weight_places(driver: Driver) -> dict[str, tuple[int, int]]:
+    """Address and bytes of every weight tensor."""
+    weights = driver.engine.runner._model.weights
+    places = {"embedding": (weights.embedding.data_ptr(), weights.embedding.nbytes)}
+    for number, layer in enumerate(weights.layers):
+        linears = [layer.query, layer.key_value, layer.output, *layer.ffn._gate_up, *layer.ffn._down]
+        for part, linear in enumerate(linears):
+            # a packed tensor has no address; its identity stands for it
+            places[f"{number}.{part}"] = (id(linear.weight), linear.nbytes)
+    return places
+
+
+def _moved(driver: Driver) -> int:
+    """Run one step on each of the entries; bytes of weight tensors that were replaced meanwhile."""
+    before = _weight_places(driver)
+    driver.clear()
+    ladder = driver.engine.info.ladder
+    request_id = driver.submit(CONTEXT, len(ladder.entries) + 4)
+    driver.catch_up()
+    for place in range(len(ladder.entries)):
+        driver.policy.places[request_id] = place
+        driver.step()
+    driver.clear()
+    after = _weight_places(driver)
+    return sum(size for key, (place, size) in after.items() if before[key][0] != place)
+
+
+def _memory(model: Path, entries: int) -> dict[str, int]:
+    """Bytes after loading in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.one_set", str(model), str(entries)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    answer: dict[str, int] = json.loads(out.splitlines()[-1])
+    return answer
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def _measure_memory(model: Path, entries: int) -> None:
+    shape = load_model_config(model).shape
+    ladder = ladder_160(model) if entries > 1 else Ladder.of(shape, [])
+    before = _status("VmRSS")
+    driver = Driver.load(model, ladder, kv_bytes=256 << 20, max_model_len=1024)
+    peak, resident = _status("VmHWM") - before, _status("VmRSS")
+    print(json.dumps({"resident": resident, "peak": peak, "weights": driver.engine.info.weight_bytes}))
+
+
+if __name__ == "__main__":
+    _measure_memory(Path(sys.argv[1]), int(sys.argv[2]))
