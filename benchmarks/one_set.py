@@ -77,8 +77,7 @@ def _weight_places(driver: Driver) -> dict[str, tuple[int, int]]:
     weights = driver.engine.runner._model.weights
     places = {"embedding": (weights.embedding.data_ptr(), weights.embedding.nbytes)}
     for number, layer in enumerate(weights.layers):
-        linears = [layer.query, layer.key_value, layer.output, *layer.ffn._gate_up, *layer.ffn._down]
-        for part, linear in enumerate(linears):
+        for part, linear in enumerate(layer.linears):
             # a packed tensor has no address; its identity stands for it
             places[f"{number}.{part}"] = (id(linear.weight), linear.nbytes)
     return places

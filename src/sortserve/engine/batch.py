@@ -53,6 +53,14 @@ class SegmentBatch:
     rows_settings: NDArray[np.int16]  # [num_rows] index into `settings`
     leaving: tuple[Run, ...]  # runs whose exit this segment is; rows counted among `last`
     num_staying: int  # rows that go on to the next segment: the first ones
+    layout: tuple[bytes, bytes]  # `rows_settings` of all and of the `last` rows, as a key for what is derived from them
+
+    def choose(self, by_settings: Sequence[bool], last: bool, dtype: torch.dtype) -> Tensor:
+        """Per row 0 or 1 by its settings, [rows, 1]; of the `last` rows only if `last`."""
+        rows = torch.tensor(by_settings)[torch.from_numpy(self.rows_settings).long()]
+        if last and self.last is not None:
+            rows = rows[self.last]
+        return rows[:, None].to(dtype)
 
 
 @dataclass(slots=True)
@@ -119,6 +127,7 @@ class BatchBuilder:
             rows_settings=rows_settings,
             leaving=leaving,
             num_staying=sum(run.span.num_rows for run in runs if run.span.exit > segment + 1),
+            layout=(rows_settings.tobytes(), rows_settings[kept].tobytes()),
         )
 
     def _row_pages(self, run: Run, segment: int) -> NDArray[np.int32]:
@@ -226,15 +235,14 @@ class BatchBuilder:
         )
 
     def ffn_rows(
-        self, batch: SegmentBatch, widths: Sequence[int], boundaries: Sequence[int], last: bool
+        self, batch: SegmentBatch, widths: tuple[int, ...], boundaries: tuple[int, ...], last: bool
     ) -> FfnRows:
-        """Lay out a layer's FFN; `widths` are those of `batch.settings`. Alike layers of a segment share the answer."""
-        rows = batch.rows_settings
-        if last and batch.last is not None:
-            rows = rows[batch.last.numpy()]
-        key = (tuple(widths), tuple(boundaries), rows.tobytes())
+        """Lay out a layer's FFN for all rows, or the `last` ones; `widths` are those of `batch.settings`. Layers and steps
+        that are alike share the answer."""
+        key = (widths, boundaries, batch.layout[last])
         if key not in self.ffn_cache:
             if len(self.ffn_cache) > 256:
                 self.ffn_cache.clear()
-            self.ffn_cache[key] = plan_rows(np.asarray(widths)[rows].tolist(), boundaries, self.dtype)
+            settings = np.frombuffer(batch.layout[last], np.int16)
+            self.ffn_cache[key] = plan_rows(np.asarray(widths)[settings].tolist(), boundaries, self.dtype)
         return self.ffn_cache[key]

@@ -3,8 +3,6 @@
 One function serves prompts, decode and refill: rows differ only in what the batch says of them.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -14,24 +12,8 @@ from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import LayerWeights, ModelWeights
-from sortserve.kernels.attention import AttentionRows, attend
-from sortserve.kernels.norm import rms_norm
+from sortserve.kernels.attention import attend
 from sortserve.kernels.rope import rotate
-
-
-@dataclass(frozen=True, slots=True)
-class _LayerRows:
-    """What one layer call needs beside the weights and the hidden rows."""
-
-    rotation: Tensor  # complex64 [rows, 1, head_dim / 2]
-    write_rows: Tensor | None
-    write_slots: Tensor  # [2 x writers], of this layer
-    attention: AttentionRows
-    page: int
-    layer_in_page: int
-    last: Tensor | None  # rows to go on with after K/V are written; None: all
-    attention_on: Tensor | bool  # [rows, 1] 0 or 1, or one answer for all
-    ffn_key: tuple[tuple[int, ...], bool]  # widths by settings, and whether only the `last` rows run
 
 
 class Model:
@@ -60,88 +42,59 @@ class Model:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Exit rows [rows, hidden], before the final norm -> float32 logits [rows, vocab]."""
-        normed = rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
-        return self.weights.head(normed).float()
+        return self.weights.head(self.weights.final_norm(hidden)).float()
 
     def run_segment(self, hidden: Tensor, batch: SegmentBatch, pool: Tensor) -> Tensor:
         """hidden [batch.num_rows, hidden] through the segment's layers, writing K/V into `pool`.
 
-        Returns the rows of `batch.last` (all if None).
+        In the last layer only the rows of `batch.last` go on after their K/V are written; these are returned.
         """
         start, end = self._geometry.bounds[batch.segment], self._geometry.bounds[batch.segment + 1]
         rotation = self._rotations[batch.positions]
-        per_page = self._geometry.page_layers
-        slots_per_layer = self._geometry.block_tokens
+        by_id = [self._settings.settings(batch.segment, settings_id) for settings_id in batch.settings]
         for layer in range(start, end):
-            page, layer_in_page = divmod(layer - start, per_page)
-            is_last = layer == end - 1
-            slots = batch.write_slots[page]
-            rows = _LayerRows(
-                rotation=rotation,
-                write_rows=batch.write_rows,
-                write_slots=slots + layer_in_page * slots_per_layer if layer_in_page else slots,
-                attention=batch.last_attention if is_last else batch.attention,
-                page=page,
-                layer_in_page=layer_in_page,
-                last=batch.last if is_last else None,
-                attention_on=self._attention_on(batch, layer - start, is_last),
-                ffn_key=(self._widths(batch, layer - start), is_last),
-            )
-            hidden = self._layer(self.weights.layers[layer], hidden, rows, batch, pool)
+            weights, offset = self.weights.layers[layer], layer - start
+            last = batch.last if layer == end - 1 else None
+            attending = [settings[offset][1] for settings in by_id]
+            query = self._write_keys_values(weights, hidden, rotation, batch, offset, pool)
+            if last is not None:
+                hidden, query = hidden[last], query[last]
+                if hidden.shape[0] == 0:
+                    return hidden
+            if any(attending):
+                rows = batch.attention if last is None else batch.last_attention
+                page, layer_in_page = divmod(offset, self._geometry.page_layers)
+                attended = attend(query, pool, rows, page, layer_in_page, self.config.shape.num_kv_heads)
+                if all(attending):
+                    hidden = weights.output.add_to(hidden, attended)
+                else:
+                    hidden = hidden + weights.output(attended) * batch.choose(attending, last is not None, hidden.dtype)
+            widths = tuple(settings[offset][0] for settings in by_id)
+            rows = self._builder.ffn_rows(batch, widths, weights.ffn.boundaries, last is not None)
+            if rows.blocks:
+                hidden = weights.ffn.add_to(hidden, weights.post_norm(hidden), rows)
         return hidden
 
-    def _widths(self, batch: SegmentBatch, layer_in_segment: int) -> tuple[int, ...]:
-        return tuple(self._settings.settings(batch.segment, i)[layer_in_segment][0] for i in batch.settings)
-
-    def _attention_on(self, batch: SegmentBatch, layer_in_segment: int, is_last: bool) -> Tensor | bool:
-        on = [self._settings.settings(batch.segment, i)[layer_in_segment][1] for i in batch.settings]
-        if all(on) or not any(on):
-            return on[0]
-        rows = torch.tensor(on)[torch.from_numpy(batch.rows_settings).long()]
-        if is_last and batch.last is not None:
-            rows = rows[batch.last]
-        return rows[:, None].to(self._builder.dtype)
-
-    def _layer(
-        self, weights: LayerWeights, hidden: Tensor, rows: _LayerRows, batch: SegmentBatch, pool: Tensor
+    def _write_keys_values(
+        self, weights: LayerWeights, hidden: Tensor, rotation: Tensor, batch: SegmentBatch, offset: int, pool: Tensor
     ) -> Tensor:
-        """One layer. A skipped attention still writes K/V, so that rows that do attend here find them."""
-        eps, shape = self.config.rms_eps, self.config.shape
-        normed = rms_norm(hidden, weights.input_norm, eps)
-        self._write_keys_values(weights, normed, rows, pool)
-        rotation = rows.rotation
-        if rows.last is not None:
-            hidden, normed, rotation = hidden[rows.last], normed[rows.last], rotation[rows.last]
-            if hidden.shape[0] == 0:
-                return hidden
-        if rows.attention_on is not False:
-            query = weights.query(normed).view(-1, shape.num_heads, shape.head_dim)
-            if weights.query_norm is not None:
-                query = rms_norm(query, weights.query_norm, eps)
-            attended = attend(
-                rotate(query, rotation), pool, rows.attention, rows.page, rows.layer_in_page, shape.num_kv_heads
-            )
-            if rows.attention_on is True:
-                hidden = weights.output.add_to(hidden, attended)
-            else:
-                hidden = hidden + weights.output(attended) * rows.attention_on
-        widths, is_last = rows.ffn_key
-        ffn_rows = self._builder.ffn_rows(batch, widths, weights.ffn.boundaries, is_last)
-        if not ffn_rows.blocks:
-            return hidden
-        return weights.ffn.add_to(hidden, rms_norm(hidden, weights.post_norm, eps), ffn_rows)
+        """Write the K/V of the segment's layer `offset`; returns the rotated queries [rows, heads, head_dim].
 
-    def _write_keys_values(self, weights: LayerWeights, normed: Tensor, rows: _LayerRows, pool: Tensor) -> None:
+        A layer whose attention is skipped writes K/V all the same, so that rows that do attend here find them.
+        """
         shape = self.config.shape
-        rotation = rows.rotation
-        if rows.write_rows is not None:
-            if rows.write_rows.numel() == 0:
-                return
-            normed, rotation = normed[rows.write_rows], rotation[rows.write_rows]
-        both = weights.key_value(normed).view(-1, 2, shape.num_kv_heads, shape.head_dim)
-        key = both[:, 0]
-        if weights.key_norm is not None:
-            key = rms_norm(key, weights.key_norm, self.config.rms_eps)
-        both[:, 0] = rotate(key.contiguous(), rotation)
-        kv_width = shape.num_kv_heads * shape.head_dim
-        pool.view(-1, kv_width).index_copy_(0, rows.write_slots, both.view(-1, kv_width))
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        heads = weights.qkv(weights.input_norm(hidden)).view(-1, num_rotated + shape.num_kv_heads, shape.head_dim)
+        rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
+        if weights.query_norm is not None and weights.key_norm is not None:
+            query, key = rotated[:, : shape.num_heads], rotated[:, shape.num_heads :]
+            rotated = torch.cat([weights.query_norm(query), weights.key_norm(key)], dim=1)
+        rotated = rotate(rotated, rotation)
+        both = torch.stack([rotated[:, shape.num_heads :], value], dim=1)  # [rows, 2, kv_heads, head_dim]
+        if batch.write_rows is not None:
+            both = both[batch.write_rows]
+        page, layer_in_page = divmod(offset, self._geometry.page_layers)
+        slots = batch.write_slots[page] + layer_in_page * self._geometry.block_tokens
+        kv_width = self._geometry.kv_width
+        pool.view(-1, kv_width).index_copy_(0, slots, both.view(-1, kv_width))
+        return rotated[:, : shape.num_heads]

@@ -28,9 +28,9 @@ class ModelShape:
         return self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
 
     @property
-    def key_value_parameters(self) -> int:
-        """The part of `attention_parameters` that K and V take."""
-        return 2 * self.hidden_size * self.head_dim * self.num_kv_heads
+    def qkv_parameters(self) -> int:
+        """The part of `attention_parameters` that Q, K and V take: one matrix, read even where attention is skipped."""
+        return self.hidden_size * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
 
     @property
     def head_parameters(self) -> int:
@@ -57,7 +57,7 @@ class SubModel:
 
     `depth`: layers 1..depth run. `widths[i]`: the first so many sorted FFN neurons of layer i run; 0 skips the FFN.
     `skip_attention`: layers, ascending, whose attention output is not added. Such a layer still writes its K and V, so
-    that tokens of other sub-models can attend to it; Q, the attention itself and O are what is saved.
+    that tokens of other sub-models can attend to it; the attention itself and O are what is saved.
 
     Raises ValueError for values that no model could run; `check` tells whether a given model can.
     """
@@ -110,7 +110,7 @@ class SubModel:
     def cost(self, shape: ModelShape) -> Cost:
         """Bytes of weights read and FLOPs done for one token (embedding look-up left out, head counted)."""
         attention = sum(
-            shape.key_value_parameters if layer in self.skip_attention else shape.attention_parameters
+            shape.qkv_parameters if layer in self.skip_attention else shape.attention_parameters
             for layer in range(self.depth)
         )
         parameters = attention + 3 * shape.hidden_size * sum(self.widths) + shape.head_parameters

@@ -73,21 +73,25 @@ class StaircaseFfn:
         pack: bool = True,
     ) -> None:
         self.boundaries = tuple(boundaries)
-        self._gate_up: list[Linear] = []
+        self._gate: list[Linear] = []
+        self._up: list[Linear] = []
         self._down: list[Linear] = []
         start = 0
         for end in boundaries:
-            bias = None
-            if gate_bias is not None and up_bias is not None:
-                bias = torch.cat([gate_bias[start:end], up_bias[start:end]])
-            self._gate_up.append(Linear(torch.cat([gate[start:end], up[start:end]]), bias, pack=pack))
+            self._gate.append(Linear(gate[start:end], None if gate_bias is None else gate_bias[start:end], pack=pack))
+            self._up.append(Linear(up[start:end], None if up_bias is None else up_bias[start:end], pack=pack))
             self._down.append(Linear(down[:, start:end].clone(), down_bias if start == 0 else None, pack=pack))
             start = end
 
     @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All weight blocks."""
+        return (*self._gate, *self._up, *self._down)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of weights."""
-        return sum(linear.nbytes for linear in (*self._gate_up, *self._down))
+        return sum(linear.nbytes for linear in self.linears)
 
     def add_to(self, residual: Tensor, x: Tensor, rows: FfnRows) -> Tensor:
         """residual [rows, hidden] + FFN(x [rows, hidden]); rows without an FFN keep their residual."""
@@ -114,9 +118,9 @@ class StaircaseFfn:
         return total.add_(residual).to(residual.dtype)
 
     def _activate(self, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
-        """silu(gate x) * up x in one block, [rows, block width]."""
-        gate, up = self._gate_up[number](x).chunk(2, dim=-1)
-        out = F.silu(gate).mul_(up)
+        """silu(gate x) * up x in one block, [rows, block width]; the activation and the product ride on the two
+        matrix products, which is 5-10 % of an FFN at up to 32 rows."""
+        out = self._up[number].times(self._gate[number].silu(x), x)
         return out if mask is None else out.mul_(mask)
 
 

@@ -43,6 +43,20 @@ class Linear:
             return out
         return F.linear(x, self.weight, self.bias)
 
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(x W^T + b), without a pass of its own for the activation."""
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+            return out
+        return F.silu(F.linear(x, self.weight, self.bias))
+
+    def times(self, factor: Tensor, x: Tensor) -> Tensor:
+        """factor * (x W^T + b) in one pass over the output."""
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+            return out
+        return F.linear(x, self.weight, self.bias).mul_(factor)
+
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b in one pass over the output; neither argument is changed."""
         if self.packed:
