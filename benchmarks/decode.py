@@ -28,7 +28,8 @@ def run(model: Path, rounds: int = 5) -> None:
     bytes_per_token = SubModel.full(shape).cost(shape).weight_bytes
     at_start = bandwidth.rate(bandwidth.pass_seconds())
     print(f"read bandwidth {at_start / 1e9:.1f} GB/s, {bytes_per_token / 1e9:.3f} GB of weights a step at batch 1")
-    print(f"ceiling {at_start / bytes_per_token:.1f} tokens/s at batch 1 (measured again beside each run); context {CONTEXT}-{CONTEXT + STEPS * rounds} tokens, bfloat16")
+    print(f"ceiling {at_start / bytes_per_token:.1f} tokens/s at batch 1 (measured again beside each run)")
+    print(f"context {CONTEXT}-{CONTEXT + STEPS * rounds} tokens, bfloat16")
     driver = Driver.load(model, Ladder.of(shape, []), kv_bytes=1 << 30, dtype="bfloat16", max_step_tokens=512)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     figures: dict[str, object] = {"context": CONTEXT}

@@ -37,8 +37,11 @@ def run(model: Path) -> None:
     """Memory in two fresh processes, decode in pairs in this one."""
     one, many = (_memory(model, count) for count in (1, 160))
     resident, peak = many["resident"] / one["resident"], many["peak"] / many["weights"]
-    print(f"resident after load: 1 entry {one['resident'] / 2**20:.0f} MiB, 160 {many['resident'] / 2**20:.0f} MiB: {resident:.4f}")
-    print(f"peak while loading over weights: {many['peak'] / 2**20:.0f} / {many['weights'] / 2**20:.0f} MiB: {peak:.3f}")
+    sizes = [memory["resident"] / 2**20 for memory in (one, many)]
+    print(f"resident after load: 1 entry {sizes[0]:.0f} MiB, 160 entries {sizes[1]:.0f} MiB: {resident:.4f}")
+    print(
+        f"peak while loading over weights: {many['peak'] / 2**20:.0f} / {many['weights'] / 2**20:.0f} MiB: {peak:.3f}"
+    )
     shape = load_model_config(model).shape
     drivers = [
         Driver.load(model, ladder, kv_bytes=256 << 20, max_model_len=1024)
@@ -46,7 +49,8 @@ def run(model: Path) -> None:
     ]
     first, second = alternate([_decode(driver) for driver in drivers], ROUNDS)
     speed = paired_ratio(first, second)
-    print(f"full-model decode: 1 entry {1e3 * median(first):.1f} ms, 160 {1e3 * median(second):.1f} ms: {speed:.3f} of its speed")
+    times = [1e3 * median(seconds) for seconds in (first, second)]
+    print(f"full-model decode: 1 entry {times[0]:.1f} ms, 160 entries {times[1]:.1f} ms: {speed:.3f} of its speed")
     moved = _moved(drivers[1])
     print(f"weight bytes moved by switching through all {len(drivers[1].engine.info.ladder.entries)} entries: {moved}")
     report(

@@ -35,7 +35,9 @@ def run(model: Path) -> None:
         )
         figures[name] = {"ms": 1e3 * median(times), "share_of_time": ratio, "share_of_bytes": share}
         checks[f"{name}: at most {limit}x the share of bytes"] = ratio / share <= limit
-    figures["mixed"], checks["mixed depths: at most 1.08x the segments at their own row counts"] = _mixed(driver, depths)
+    figures["mixed"], checks["mixed depths: at most 1.08x the segments at their own row counts"] = _mixed(
+        driver, depths
+    )
     report("submodels", figures, checks)
 
 

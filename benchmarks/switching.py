@@ -30,7 +30,10 @@ def run(model: Path) -> None:
     ratio = _redrawn(driver, depths)
     figures["redrawn_ratio"], checks["(ii) batch redrawn every step: at most 1.03x"] = ratio, ratio <= 1.03
     ratio = _alternating(driver, layers)
-    figures["alternating_ratio"], checks["(iii) alternating depth: within 10 % of the prediction"] = ratio, ratio <= 1.10
+    figures["alternating_ratio"], checks["(iii) alternating depth: within 10 % of the prediction"] = (
+        ratio,
+        ratio <= 1.10,
+    )
     ratio = _refill(driver, layers)
     figures["refill_ratio"], checks["(iv) refill of 256 tokens: at most 0.6x a prefill"] = ratio, ratio <= 0.6
     report("switching", figures, checks)
@@ -57,7 +60,9 @@ def _widths(driver: Driver, layers: int) -> float:
 
     constant, swapped = alternate([seconds(False), seconds(True)], ROUNDS)
     ratio = paired_ratio(swapped, constant)
-    print(f"(i)   constant {1e3 * median(constant):.1f} ms, widths swapped every step {1e3 * median(swapped):.1f}: {ratio:.3f}")
+    print(
+        f"(i)   constant {1e3 * median(constant):.1f} ms, widths swapped every step {1e3 * median(swapped):.1f}: {ratio:.3f}"
+    )
     return ratio
 
 
@@ -82,7 +87,9 @@ def _redrawn(driver: Driver, depths: list[int]) -> float:
 
     constant, redrawn = alternate([seconds(1), seconds(2)], ROUNDS)
     ratio = paired_ratio(redrawn, constant)
-    print(f"(ii)  constant {1e3 * median(constant):.1f} ms, batch redrawn every step {1e3 * median(redrawn):.1f}: {ratio:.3f}")
+    print(
+        f"(ii)  constant {1e3 * median(constant):.1f} ms, batch redrawn every step {1e3 * median(redrawn):.1f}: {ratio:.3f}"
+    )
     return ratio
 
 
@@ -132,11 +139,15 @@ def _alternating(driver: Driver, layers: int) -> float:
             times[number % 2].append(driver.step()[0])
         return (median(times[0][1:]) + median(times[1][1:])) / 2
 
-    runs = [alternating, constant(half, BATCH), constant(full, BATCH), constant(half, 2 * BATCH), constant(full, 2 * BATCH)]
-    measured, half_b, full_b, half_2b, full_2b = alternate(runs, ROUNDS)
-    predicted = [
-        (h + h + f2 - h2) / 2 for h, f, h2, f2 in zip(half_b, full_b, half_2b, full_2b, strict=True)
+    runs = [
+        alternating,
+        constant(half, BATCH),
+        constant(full, BATCH),
+        constant(half, 2 * BATCH),
+        constant(full, 2 * BATCH),
     ]
+    measured, half_b, full_b, half_2b, full_2b = alternate(runs, ROUNDS)
+    predicted = [(h + h + f2 - h2) / 2 for h, f, h2, f2 in zip(half_b, full_b, half_2b, full_2b, strict=True)]
     ratio = paired_ratio(measured, predicted)
     print(
         f"(iii) alternating {1e3 * median(measured):.1f} ms a step, predicted {1e3 * median(predicted):.1f}: {ratio:.3f} "
@@ -164,5 +175,7 @@ def _refill(driver: Driver, layers: int, num_tokens: int = 256) -> float:
     refills, prefills = alternate([refill, prefill], ROUNDS)
     driver.clear()
     ratio = paired_ratio(refills, prefills)
-    print(f"(iv)  refill of 256 tokens {1e3 * median(refills):.0f} ms, prefill {1e3 * median(prefills):.0f}: {ratio:.3f}")
+    print(
+        f"(iv)  refill of 256 tokens {1e3 * median(refills):.0f} ms, prefill {1e3 * median(prefills):.0f}: {ratio:.3f}"
+    )
     return ratio

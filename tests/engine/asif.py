@@ -154,6 +154,7 @@ class Harness:
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
+        self._sampled: list[tuple[SequencePlan, Tensor]] = []
         sample = self.runner._sample
 
         def spy(logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, object]:
@@ -223,7 +224,7 @@ class Harness:
             events = self.scheduler.take_events()
         else:
             self._look_at(plan)
-            self._sampled: list[tuple[SequencePlan, Tensor]] = []
+            self._sampled = []
             result = self.runner.run(plan)
             events = self.scheduler.update(plan, result, time.monotonic())
         for event in events:

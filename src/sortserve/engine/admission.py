@@ -11,8 +11,8 @@ from sortserve.engine.errors import (
     RequestError,
 )
 from sortserve.engine.ladder import Ladder
-from sortserve.engine.protocol import GenerateRequest, KVMode
 from sortserve.engine.predictor import StepTimes
+from sortserve.engine.protocol import GenerateRequest, KVMode
 
 
 @dataclass(frozen=True, slots=True)

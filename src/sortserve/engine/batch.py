@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan, Span
-from sortserve.engine.settings import SettingsTable
 from sortserve.kernels.attention import AttentionRows, RowGroup, causal_mask
 from sortserve.kernels.ffn import FfnRows, plan_rows
 
@@ -230,9 +229,7 @@ class BatchBuilder:
         """pages [sequences, blocks, cell pages] -> pool rows of K and V, [2, sequences, blocks] per page of the cell."""
         layers = self.geometry.page_layers
         keys = torch.from_numpy(pages * (2 * layers))
-        return tuple(
-            torch.stack([keys[:, :, column], keys[:, :, column] + layers]) for column in range(keys.shape[2])
-        )
+        return tuple(torch.stack([keys[:, :, column], keys[:, :, column] + layers]) for column in range(keys.shape[2]))
 
     def ffn_rows(
         self, batch: SegmentBatch, widths: tuple[int, ...], boundaries: tuple[int, ...], last: bool

@@ -1,6 +1,6 @@
 """The engine: everything that is loaded, and the loop's body.
 
-    plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = scheduler.update(plan, result, now)
+plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = scheduler.update(plan, result, now)
 """
 
 import logging

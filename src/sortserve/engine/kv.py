@@ -39,12 +39,12 @@ class KVManager:
         size = self.geometry.block_tokens
         found = 0
         limit = len(tokens) - 1
-        root: tuple[object, ...] = ()
+        settings: tuple[int, ...] = ()
         for segment in range(exit):
             recorded = int(sequence.settings[segment, 0])
-            root = (*root, recorded if recorded >= 0 else target[segment])
+            settings = (*settings, recorded if recorded >= 0 else target[segment])
             while sequence.watermark[segment] % size == 0 and sequence.watermark[segment] + size <= limit:
-                if not self._adopt_one(sequence, tokens, segment, target, root):
+                if not self._adopt_one(sequence, tokens, segment, target, settings):
                     break
                 found += size
             limit = min(limit, sequence.watermark[segment])
@@ -59,27 +59,26 @@ class KVManager:
         tokens: Sequence[int],
         segment: int,
         target: tuple[int, ...],
-        root: tuple[object, ...],
+        settings: tuple[int, ...],
     ) -> bool:
-        """Take over the block at the watermark of `segment`, if it is published under `root`'s settings."""
+        """Take over the block at the watermark of `segment`, if it is published under `settings`."""
         start = sequence.watermark[segment]
         block = start // self.geometry.block_tokens
         stop = start + self.geometry.block_tokens
-        for below in range(segment + 1):
-            wanted = int(root[below])  # type: ignore[call-overload]
+        for below, wanted in enumerate(settings):
             unrecorded = (sequence.settings[below, :stop] == -1).any()
             if not sequence.uniform(below, stop, wanted) or (unrecorded and target[below] != wanted):
                 self.events["mixed_chain_refused"] += 1
                 return False
-        cell = self.prefix.get(sequence.block_key(root, block, tokens))
+        cell = self.prefix.get(sequence.block_key("kv", settings, block, tokens))
         if cell is None:
-            if self.prefix.knows_tokens(sequence.block_key(("tokens", segment), block, tokens)):
+            if self.prefix.knows_tokens(sequence.block_key("tokens", (segment,), block, tokens)):
                 self.events["width_mismatch_refused"] += 1
             return False
         replaced = sequence.put(segment, block, self.prefix.acquire(cell))
         if replaced is not None:
             self.prefix.release(replaced)
-        sequence.settings[segment, start:stop] = root[segment]
+        sequence.settings[segment, start:stop] = settings[segment]
         sequence.watermark[segment] = stop
         return True
 
@@ -91,8 +90,8 @@ class KVManager:
             reached = sum(1 for segment in range(exit) if sequence.watermark[segment] >= stop)
             if reached == 0 or (sequence.resume[start:stop] == reached).all():
                 continue
-            root = tuple(int(sequence.settings[segment, start]) for segment in range(reached))
-            state = self.prefix.get(sequence.block_key(("states", *root), block, tokens))
+            settings = tuple(int(sequence.settings[segment, start]) for segment in range(reached))
+            state = self.prefix.get(sequence.block_key("states", settings, block, tokens))
             if state is None:
                 continue
             replaced = sequence.states.get((block, reached))
@@ -156,59 +155,58 @@ class KVManager:
     def _publish(self, sequence: SequenceKV, tokens: Sequence[int], exit: int) -> None:
         """Offer the blocks that have become whole, as far as the chain has one set of settings from its start."""
         size = self.geometry.block_tokens
-        root: tuple[object, ...] = ()
+        settings: tuple[int, ...] = ()
         for segment in range(exit):
-            root = (*root, int(sequence.settings[segment, 0]))
+            settings = (*settings, int(sequence.settings[segment, 0]))
             whole = min(sequence.watermark[segment], len(tokens)) // size
             for block in range(sequence.published[segment], whole):
                 stop = (block + 1) * size
-                if any(not sequence.uniform(below, stop, int(root[below])) for below in range(segment + 1)):  # type: ignore[call-overload]
+                if not all(sequence.uniform(below, stop, wanted) for below, wanted in enumerate(settings)):
                     break
-                if block > 0 and self.prefix.get(sequence.block_key(root, block - 1, tokens)) is None:
+                if block > 0 and self.prefix.get(sequence.block_key("kv", settings, block - 1, tokens)) is None:
                     break
-                self._publish_block(sequence, tokens, segment, block, root)
+                self._publish_block(sequence, tokens, segment, block, settings)
                 sequence.published[segment] = block + 1
 
     def _publish_block(
-        self, sequence: SequenceKV, tokens: Sequence[int], segment: int, block: int, root: tuple[object, ...]
+        self, sequence: SequenceKV, tokens: Sequence[int], segment: int, block: int, settings: tuple[int, ...]
     ) -> None:
         own = sequence.cells[segment][block]
-        token_key = sequence.block_key(("tokens", segment), block, tokens)
+        token_key = sequence.block_key("tokens", (segment,), block, tokens)
         parents: list[Cell] = []
-        for parent_root, parent_block in ((root, block - 1), (root[:-1], block)):
-            if parent_block >= 0 and parent_root:
-                parent = self.prefix.get(sequence.block_key(parent_root, parent_block, tokens))
+        for below, parent_block in ((settings, block - 1), (settings[:-1], block)):
+            if parent_block >= 0 and below:
+                parent = self.prefix.get(sequence.block_key("kv", below, parent_block, tokens))
                 if parent is None:
                     return  # its chain was cut by an eviction: unreachable, so not offered
                 parents.append(parent)
         if own.key is None:
-            shared = self.prefix.publish(sequence.block_key(root, block, tokens), own, parents, token_key)
+            shared = self.prefix.publish(sequence.block_key("kv", settings, block, tokens), own, parents, token_key)
             if shared is not own:
                 sequence.put(segment, block, self.prefix.acquire(shared))
                 self.prefix.release(own)
-            elif segment > 0 and any(user > 1 for user in (sequence.cells[0][block].users,)):
+            elif segment > 0 and sequence.cells[0][block].users > 1:
                 self.events["shared_block_deepened"] += 1
-        self._publish_states(sequence, tokens, segment, block, root, token_key)
+        self._publish_states(sequence, tokens, block, settings, token_key)
 
     def _publish_states(
         self,
         sequence: SequenceKV,
         tokens: Sequence[int],
-        segment: int,
         block: int,
-        root: tuple[object, ...],
+        settings: tuple[int, ...],
         token_key: bytes,
     ) -> None:
-        """Offer the states kept at the end of `segment`, if all tokens of the block have theirs there."""
-        exit = segment + 1
+        """Offer the states kept above the segments of `settings`, if all tokens of the block have theirs there."""
+        exit = len(settings)
         own = sequence.states.get((block, exit))
         size = self.geometry.block_tokens
         if own is None or own.key is not None or not (sequence.resume[block * size : (block + 1) * size] == exit).all():
             return
-        parent = self.prefix.get(sequence.block_key(root, block, tokens))
+        parent = self.prefix.get(sequence.block_key("kv", settings, block, tokens))
         if parent is None:
             return
-        key = sequence.block_key(("states", *root), block, tokens)
+        key = sequence.block_key("states", settings, block, tokens)
         shared = self.prefix.publish(key, own, [parent], token_key)
         if shared is not own:
             sequence.states[(block, exit)] = self.prefix.acquire(shared)
@@ -233,10 +231,6 @@ class KVManager:
 
     def free(self, sequence: SequenceKV) -> None:
         """Drop everything that the sequence holds; whole published blocks stay in the prefix cache."""
-        if any(level % self.geometry.block_tokens for level in sequence.watermark[1:]) and (
-            sequence.watermark[0] > sequence.watermark[-1] > 0
-        ):
-            self.events["freed_part_deep"] += 1
         self.release_cells(sequence.take_states())
         self.release_cells(sequence.take_cells(0))
 

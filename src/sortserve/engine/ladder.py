@@ -95,7 +95,7 @@ class Ladder:
     def default(cls, shape: ModelShape, width_percents: Sequence[int] = (75, 100)) -> "Ladder":
         """What a checkpoint without `ladder.json` offers: full depth at these widths, snapped to multiples of 128
         neurons where the FFN is wide enough, unmeasured."""
-        entries = []
+        entries: list[Entry] = []
         for percent in width_percents:
             exact = shape.ffn_width * percent / 100
             width = round(exact / 128) * 128 if exact >= 512 else round(exact)
@@ -124,7 +124,7 @@ class Ladder:
                 f"{path}: made for {file.num_layers} layers of {file.ffn_width} FFN neurons, "
                 f"the model has {shape.num_layers} of {shape.ffn_width}"
             )
-        entries = []
+        entries: list[Entry] = []
         for place, entry in enumerate(file.entries):
             try:
                 entries.append(_entry(entry, shape, len(entries)))

@@ -57,9 +57,7 @@ class LLM:
                 tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 request_id = f"llm-{next(self._ids)}"
                 scheduler.add(
-                    GenerateRequest(
-                        request_id, tuple(tokens), params, arrival, budget, submodel, floor, None, kv_mode
-                    )
+                    GenerateRequest(request_id, tuple(tokens), params, arrival, budget, submodel, floor, None, kv_mode)
                 )
                 open_answers[request_id] = _Answer(self.tokenizer, params.stop)
             while any(answer.finished is None for answer in open_answers.values()):
@@ -106,6 +104,4 @@ class _Answer:
 
     def completion(self) -> Completion:
         assert self.finished is not None
-        return Completion(
-            self._text, tuple(self._tokens), tuple(self._submodels), self._reason, self.finished.summary
-        )
+        return Completion(self._text, tuple(self._tokens), tuple(self._submodels), self._reason, self.finished.summary)

@@ -70,9 +70,9 @@ class Model:
                 else:
                     hidden = hidden + weights.output(attended) * batch.choose(attending, last is not None, hidden.dtype)
             widths = tuple(settings[offset][0] for settings in by_id)
-            rows = self._builder.ffn_rows(batch, widths, weights.ffn.boundaries, last is not None)
-            if rows.blocks:
-                hidden = weights.ffn.add_to(hidden, weights.post_norm(hidden), rows)
+            ffn_rows = self._builder.ffn_rows(batch, widths, weights.ffn.boundaries, last is not None)
+            if ffn_rows.blocks:
+                hidden = weights.ffn.add_to(hidden, weights.post_norm(hidden), ffn_rows)
         return hidden
 
     def _write_keys_values(

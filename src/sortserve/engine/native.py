@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TypeVar
 
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
@@ -27,6 +27,7 @@ from sortserve.engine.weights import Progress
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Command = Callable[[Engine], None]
 """Runs on the engine's thread between two steps."""
 
@@ -108,12 +109,12 @@ class NativeBackend:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    async def _ask(self, question: Callable[[Engine], Any]) -> Any:
+    async def _ask(self, question: Callable[[Engine], T]) -> T:
         """Run `question` on the engine's thread and return its answer."""
         if self._failure is not None:
             raise EngineFailedError(f"the engine has failed: {self._failure}")
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Any] = loop.create_future()
+        answer: asyncio.Future[T] = loop.create_future()
 
         def command(engine: Engine) -> None:
             loop.call_soon_threadsafe(_set_result, answer, question(engine))
@@ -175,7 +176,7 @@ class NativeBackend:
             stream.put_nowait(_failed(request_id, error))
 
 
-def _set_result(answer: "asyncio.Future[Any]", value: Any) -> None:
+def _set_result(answer: "asyncio.Future[T]", value: T) -> None:
     if not answer.done():
         answer.set_result(value)
 

@@ -11,11 +11,12 @@ its exit states at one exit (whole pages of their own):
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sortserve.engine.submodel import ModelShape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KVGeometry:
     """Sizes that follow from the model and the ladder's exits. `bounds[s]..bounds[s + 1]` are the layers of segment s."""
 
@@ -35,7 +36,7 @@ class KVGeometry:
         """Number of segments."""
         return len(self.bounds) - 1
 
-    @property
+    @cached_property
     def page_layers(self) -> int:
         """Layers whose K/V one page holds."""
         return math.gcd(*(self.segment_layers(segment) for segment in range(self.num_segments)))

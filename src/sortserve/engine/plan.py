@@ -45,9 +45,10 @@ class SampleSpec:
 class SequencePlan:
     """One sequence's part of a step: its rows, and where their K/V and states live.
 
-    `spans` ascend in position without overlap and end at the last row. `pages` are page numbers, [blocks, columns],
-    the columns of each segment as `KVGeometry.columns` says, valid for segments below `exit`. Rows at positions below `watermark[s]` find their K/V of segment s already
-    there and write none. `state_pages[(block, exit)]` is where states are read from and, if `keep_states`, written to.
+    `spans` ascend in position without gap or overlap. `pages` are page numbers, [blocks, columns],
+    the columns of each segment as `KVGeometry.columns` says, valid for segments below `exit`. Rows at positions below
+    `watermark[s]` find their K/V of segment s already there and write none. `state_pages[(block, exit)]`
+    is where states are read from and, if `keep_states`, written to.
     """
 
     request_id: str

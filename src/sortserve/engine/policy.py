@@ -86,7 +86,9 @@ class SlackPolicy:
         """See the class."""
         budgeted = [place for place, request in enumerate(view.requests) if request.asked.budget is not None]
         if view.times is None or not budgeted:
-            return [Choice(request.ceiling, _reason(request, request.ceiling, request.ceiling)) for request in view.requests]
+            return [
+                Choice(request.ceiling, _reason(request, request.ceiling, request.ceiling)) for request in view.requests
+            ]
         cap = self._best_cap(view, budgeted, self._safety)
         held = max((view.requests[i].submodel for i in budgeted), default=NEVER_RAN)
         if NEVER_RAN < held < cap:
@@ -141,7 +143,8 @@ class SlackPolicy:
         self, view: View, request: Request, expected: int, place: int, step: float, margin: float = 1.0
     ) -> float:
         """Seconds by which the request's worst deadline is predicted to be missed; negative is slack."""
-        assert view.times is not None and request.asked.budget is not None
+        assert view.times is not None
+        assert request.asked.budget is not None
         exit = view.settings.exits[place]
         rows = len(request.tokens) - request.kv.watermark[exit - 1]
         first = view.times.prefill(place, rows, view.chunk_tokens) * view.time_factor * margin if rows > 1 else step

@@ -60,7 +60,7 @@ class PrefixIndex:
         older = self._cells.get(key)
         if older is not None:
             return older
-        assert cell.key is None and cell.users > 0, "published twice, or by nobody"
+        assert cell.key is None, "published twice"
         cell.key = key
         cell.parents = tuple(parents)
         for parent in parents:
@@ -93,7 +93,7 @@ class PrefixIndex:
         dropped = 0
         while self._pool.num_free < pages_wanted and self._idle:
             cell, _ = self._idle.popitem(last=False)
-            assert cell.key is not None and cell.users == 0 and cell.children == 0
+            assert cell.key is not None, "only published cells idle"
             del self._cells[cell.key]
             token_key = self._token_keys.pop(cell.key)
             self._known_tokens[token_key] -= 1

@@ -22,9 +22,7 @@ class Reclaimer:
         self._kv = kv
         self._settings = settings
 
-    def make_room(
-        self, request: Request, exit: int, stop: int, *, states: bool, victims: list[Request]
-    ) -> Room | None:
+    def make_room(self, request: Request, exit: int, stop: int, *, states: bool, victims: list[Request]) -> Room | None:
         """Room for `request` to own tokens [0, stop) up to `exit`, or None: not now.
 
         `victims` are not part of the step that is being planned; an empty list spares everybody.
@@ -70,8 +68,6 @@ class Reclaimer:
 
     def _preempt(self, other: Request) -> None:
         """Take all pages of a request; it waits again, and replays its recorded settings when it comes back."""
-        if any(level != other.kv.watermark[0] for level in other.kv.watermark) and other.kv.watermark[-1] > 0:
-            self._kv.events["preempted_part_deep"] += 1
         self._kv.free(other.kv)
         if other.running:
             other.running = False

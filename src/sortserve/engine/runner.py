@@ -57,7 +57,10 @@ class Runner:
 
     def _embed(self, batch: SegmentBatch) -> Tensor:
         tokens = np.concatenate(
-            [run.part.tokens[run.span.start - run.part.start : run.span.stop - run.part.start] for run in batch.entrants]
+            [
+                run.part.tokens[run.span.start - run.part.start : run.span.stop - run.part.start]
+                for run in batch.entrants
+            ]
         )
         return self._model.embed(torch.from_numpy(tokens).long())
 

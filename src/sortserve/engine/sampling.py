@@ -53,7 +53,9 @@ class SamplingParams:
         if self.seed is not None:
             _within("seed", self.seed, -(2**63), 2**63 - 1)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise RequestError(f"logit_bias has {len(self.logit_bias)} tokens, at most {MAX_LOGIT_BIAS}", param="logit_bias")
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} tokens, at most {MAX_LOGIT_BIAS}", param="logit_bias"
+            )
         for bias in self.logit_bias.values():
             _within("logit_bias", bias, -100.0, 100.0)
         if len(self.stop) > MAX_STOP_STRINGS or any(not 1 <= len(text) <= MAX_STOP_CHARS for text in self.stop):

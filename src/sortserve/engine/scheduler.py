@@ -322,7 +322,9 @@ class Scheduler:
         """Append what was sampled, and end the request if that was its last token."""
         events: list[Event] = []
         if gave.prompt_logprobs:
-            known = len(request.prompt_logprobs) - part.start - 1  # some rows ran before, ahead of a preemption or refill
+            known = (
+                len(request.prompt_logprobs) - part.start - 1
+            )  # some rows ran before, ahead of a preemption or refill
             request.prompt_logprobs.extend(gave.prompt_logprobs[known:])
             if known < len(gave.prompt_logprobs) and len(request.prompt_logprobs) == request.num_prompt:
                 events.append(PromptLogprobsEvent(request.id, tuple(request.prompt_logprobs)))

@@ -11,6 +11,8 @@ Nothing here allocates or frees; `kv.py` does.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 from sortserve.engine.pages import Cell, KVGeometry
 from sortserve.engine.plan import Ints, Span
 from sortserve.engine.prefix import chain_key, root_key
+
+KeyKind = Literal["kv", "states", "tokens"]
 
 
 class SequenceKV:
@@ -38,7 +42,7 @@ class SequenceKV:
         self.published = [0] * segments  # blocks offered to the prefix index so far
         self.table: Ints = np.zeros((geometry.num_blocks(capacity), geometry.num_columns), np.int32)
         self._uniform = [0] * segments  # leading tokens known to share the first token's settings
-        self._keys: dict[tuple[object, ...], list[bytes]] = {}
+        self._keys: dict[tuple[KeyKind, tuple[int, ...]], list[bytes]] = {}
 
     # ---- cells
 
@@ -115,7 +119,7 @@ class SequenceKV:
         edges = [0, *cuts.tolist(), num_rows]
         spans = [
             Span(start + a, start + b, int(first_segments[a]), exit, tuple(effective[:, a].tolist()))
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in pairwise(edges)
         ]
         return spans, int(costs[num_rows - 1])
 
@@ -170,11 +174,13 @@ class SequenceKV:
         self._uniform[segment] += int(matches.argmin()) if not matches.all() else len(rest)
         return bool((matches | (rest == -1)).all())
 
-    def block_key(self, root: tuple[object, ...], block: int, tokens: Sequence[int]) -> bytes:
-        """Key of a block in the chain that starts at `root`; `tokens` are all tokens of the sequence."""
-        keys = self._keys.setdefault(root, [])
+    def block_key(self, kind: KeyKind, settings: tuple[int, ...], block: int, tokens: Sequence[int]) -> bytes:
+        """Key of a block computed throughout with `settings` (ids of segments 0, 1, ..) or, for kind `tokens`, of its
+        tokens alone; `tokens` are all tokens of the sequence."""
+        keys = self._keys.setdefault((kind, settings), [])
         size = self.geometry.block_tokens
         while len(keys) <= block:
             begin = len(keys) * size
-            keys.append(chain_key(keys[-1] if keys else root_key(root), tokens[begin : begin + size]))
+            parent = keys[-1] if keys else root_key(kind, settings)
+            keys.append(chain_key(parent, tokens[begin : begin + size]))
         return keys[block]

@@ -98,7 +98,7 @@ def _tied_head(embedding: Tensor) -> Linear:
     if not packed.packed:
         return plain
     row = torch.ones(1, embedding.shape[1], dtype=embedding.dtype)
-    seconds = {plain: [], packed: []}  # type: dict[Linear, list[float]]
+    seconds: dict[Linear, list[float]] = {plain: [], packed: []}
     for _ in range(5):
         for head, times in seconds.items():
             began = time.perf_counter()
@@ -169,4 +169,5 @@ def importance_order(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     Needs no data. A neuron's output is silu(gate x) * (up x) * down, so its size grows with each of the three.
     """
     scores = gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)
-    return scores.argsort(descending=True, stable=True)
+    order: Tensor = scores.argsort(descending=True, stable=True)
+    return order

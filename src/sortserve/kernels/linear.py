@@ -14,7 +14,7 @@ PACKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN packs this weight here."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
