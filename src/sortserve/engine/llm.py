@@ -13,6 +13,8 @@ from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest, KVM
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import TextStream, Tokenizer
 
+_CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -59,7 +61,7 @@ class LLM:
                 scheduler.add(
                     GenerateRequest(request_id, tuple(tokens), params, arrival, budget, submodel, floor, None, kv_mode)
                 )
-                open_answers[request_id] = _Answer(self.tokenizer, params.stop)
+                open_answers[request_id] = _Answer(self.tokenizer, params.stop, tokens)
             while any(answer.finished is None for answer in open_answers.values()):
                 for event in self.engine.step():
                     self._take(event, open_answers)
@@ -82,8 +84,8 @@ class LLM:
 class _Answer:
     """What has come of one answer so far."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._stream = TextStream(tokenizer, stop)
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> None:
+        self._stream = TextStream(tokenizer, stop, prompt[-_CONTEXT_TOKENS:])
         self._text = ""
         self._tokens: list[int] = []
         self._submodels: list[str] = []

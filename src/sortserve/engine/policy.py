@@ -86,48 +86,46 @@ class SlackPolicy:
         """See the class."""
         budgeted = [place for place, request in enumerate(view.requests) if request.asked.budget is not None]
         if view.times is None or not budgeted:
-            return [
-                Choice(request.ceiling, _reason(request, request.ceiling, request.ceiling)) for request in view.requests
-            ]
+            return [Choice(request.ceiling, _reason(request, request.ceiling)) for request in view.requests]
         cap = self._best_cap(view, budgeted, self._safety)
-        held = max((view.requests[i].submodel for i in budgeted), default=NEVER_RAN)
+        held = max(view.requests[i].submodel for i in budgeted)
         if NEVER_RAN < held < cap:
             cap = max(held, self._best_cap(view, budgeted, self._margin))
         choices = []
         for request, expected in zip(view.requests, view.expected_tokens, strict=True):
-            place = self._place(view, request, cap)
-            place = self._own_best(view, request, expected, place)
+            place = self._own_best(view, request, expected, cap)
             if place > request.submodel > NEVER_RAN and request.num_output - request.last_switch < self._hold_tokens:
                 choices.append(Choice(request.submodel, "hold"))
             else:
-                choices.append(Choice(place, _reason(request, place, cap)))
+                choices.append(Choice(place, _reason(request, place)))
         return choices
 
-    def _place(self, view: View, request: Request, cap: int) -> int:
-        """The request's place under a cap: the highest allowed one. With exact K/V the widths chosen first stay."""
-        place = max(request.floor, min(cap, request.ceiling))
+    def _allowed(self, view: View, request: Request, cap: int) -> list[int]:
+        """Places under a cap, ascending. With exact K/V the widths chosen first stay."""
+        highest = max(request.floor, min(cap, request.ceiling))
         if request.kv_mode == "exact" and request.submodel > NEVER_RAN and request.floor < request.ceiling:
             same = view.settings.compatible(request.submodel)
-            fitting = [other for other in same if request.floor <= other <= place]
-            return fitting[-1] if fitting else request.submodel
-        return place
+            return [place for place in same if request.floor <= place <= highest] or [request.submodel]
+        return list(range(request.floor, highest + 1))
 
-    def _own_best(self, view: View, request: Request, expected: int, place: int) -> int:
-        """A request that has not run yet commits its prompt: go lower if, alone, it could not finish in time."""
-        if request.asked.budget is None or request.submodel > NEVER_RAN or view.times is None:
-            return place
-        step = view.times.step([(place, len(view.requests))]) * view.time_factor
-        while place > request.floor and self._lateness(view, request, expected, place, step) > 0:
-            place -= 1
+    def _own_best(self, view: View, request: Request, expected: int, cap: int) -> int:
+        """The highest place under the cap on which the request itself is in time; its floor if it is late on all, so
+        that nobody works on more layers for an answer that is late anyway."""
+        allowed = self._allowed(view, request, cap)
+        if request.asked.budget is None or view.times is None:
+            return allowed[-1]
+        for place in reversed(allowed):
             step = view.times.step([(place, len(view.requests))]) * view.time_factor
-        return place
+            if self._lateness(view, request, expected, place, step) <= 0:
+                return place
+        return allowed[0]
 
     def _best_cap(self, view: View, budgeted: Sequence[int], margin: float) -> int:
         """The highest cap with the fewest late requests, predicted times taken `margin` times."""
         assert view.times is not None
         best, fewest = 0, len(budgeted) + 1
         for cap in range(view.ladder.full, -1, -1):
-            places = [self._place(view, request, cap) for request in view.requests]
+            places = [self._allowed(view, request, cap)[-1] for request in view.requests]
             step = view.times.step(Counter(places).items()) * view.time_factor * margin
             late = sum(
                 self._lateness(view, view.requests[i], view.expected_tokens[i], places[i], step, margin) > 0
@@ -156,7 +154,7 @@ class SlackPolicy:
         return max(lateness, first_at + step * (expected - 1) - budget.due(last, arrival, began, last))
 
 
-def _reason(request: Request, place: int, cap: int) -> Reason:
+def _reason(request: Request, place: int) -> Reason:
     if request.floor == request.ceiling:
         return "pinned" if request.asked.submodel != "auto" else "best"
     if place == request.ceiling:

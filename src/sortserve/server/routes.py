@@ -210,6 +210,8 @@ async def _stats(state: ServerState) -> EngineStats | None:
     try:
         async with asyncio.timeout(_STATS_SECONDS):
             return await state.backend.stats()
+    except EngineFailedError:  # it died or stopped while it was asked
+        return None
     except TimeoutError:
         _LOG.warning("the engine did not answer with its counters within %.0f s", _STATS_SECONDS)
         return None
