@@ -48,9 +48,10 @@ def check_request(asked: GenerateRequest, limits: Limits) -> None:
     bad = next((token for token in asked.prompt if not 0 <= token < limits.vocab_size), None)
     if bad is not None:
         raise RequestError(f"token id {bad} is not in [0, {limits.vocab_size})", param="prompt")
-    for token in (*asked.sampling.logit_bias, *asked.sampling.stop_token_ids):
-        if not 0 <= token < limits.vocab_size:
-            raise RequestError(f"token id {token} is not in [0, {limits.vocab_size})", param="logit_bias")
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(asked.sampling, name):
+            if not 0 <= token < limits.vocab_size:
+                raise RequestError(f"token id {token} is not in [0, {limits.vocab_size})", param=name)
 
 
 def resolve_terms(asked: GenerateRequest, ladder: Ladder) -> Terms:
@@ -76,9 +77,8 @@ def resolve_terms(asked: GenerateRequest, ladder: Ladder) -> Terms:
         floor = ceiling = place
     else:
         ceiling = ladder.full
-        floor = max(floors) if floors else ladder.default_floor
-        if asked.budget is None:
-            floor = ceiling
+        default_floor = ceiling if asked.budget is None else ladder.default_floor
+        floor = max(floors) if floors else default_floor
     default_mode: KVMode = "reuse" if asked.submodel == "auto" and asked.budget is not None else "exact"
     mode = asked.kv_mode or default_mode
     seed = asked.sampling.seed if asked.sampling.seed is not None else random.SystemRandom().getrandbits(63)

@@ -27,7 +27,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("total_ms", "ttft_ms", "tpot_ms"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and 0 < value <= MAX_BUDGET_MS):
+            if value is not None and not 0 < value <= MAX_BUDGET_MS:  # NaN is not
                 raise RequestError(
                     f"latency budget {name} is {value}, must be over 0 and at most {MAX_BUDGET_MS:.0f} ms",
                     param=f"latency_budget_{name}" if name != "total_ms" else "latency_budget_ms",
@@ -60,10 +60,14 @@ class Budget:
         return due
 
     def met(self, arrival: float, first_token: float | None, last_token: float | None, num_tokens: int) -> bool:
-        """Whether a finished answer kept the budget: first and last token by their due times. An answer of no token
-        at all kept it if nothing was due."""
+        """Whether a finished answer kept the budget: first and last token by their due times. One that ended before its
+        first token did not; where none was asked for, `within_total` tells."""
         if first_token is None or last_token is None:
             return False
         return first_token <= self.due(1, arrival, None, num_tokens) and last_token <= self.due(
             num_tokens, arrival, first_token, num_tokens
         )
+
+    def within_total(self, arrival: float, end: float) -> bool:
+        """Whether `end` is within the total, if one is given: all there is to keep where no token is asked for."""
+        return self.total_ms is None or end <= arrival + self.total_ms / 1e3

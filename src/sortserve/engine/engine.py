@@ -4,6 +4,7 @@ plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = schedule
 """
 
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,8 @@ from sortserve.engine.weights import ModelWeights, Progress, load_weights
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_KV_BYTES = 2 << 30
+MOST_KV_BYTES = 2 << 30
+"""K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
 SMALL_LAYER = 1 << 20
 """Weights of a layer under which one thread is used: two gain at most a quarter on the bundled model, and beside one
@@ -100,11 +102,6 @@ class Engine:
         self._learn(plan, result.seconds)
         return self.scheduler.update(plan, result, time.monotonic())
 
-    def bind_thread(self) -> None:
-        """Give the calling thread the engine's number of CPU threads, which OpenMP keeps for every thread by itself."""
-        assert self.config.num_threads is not None, "resolved by load"
-        torch.set_num_threads(self.config.num_threads)
-
     def _learn(self, plan: Plan, seconds: float) -> None:
         times = self.scheduler.times
         if times is not None:
@@ -134,10 +131,12 @@ class Engine:
         return tuple(buckets)
 
     def measure_step(self, place: int, num_rows: int, seconds: float = 0.25) -> float:
-        """Seconds of a step of `num_rows` on a sub-model: single rows as in decode, or over `max_running` rows one prompt
-        chunk. Repeats for about `seconds`, at least once after a warm-up, and takes the lower quartile: whatever else the
+        """Seconds of a step of `num_rows` on a sub-model: single rows as in decode, or over `max_running` rows prompt
+        chunks. Repeats for about `seconds`, at least once after a warm-up, and takes the lower quartile: whatever else the
         machine does only adds, and the correction learns what stays."""
         each = 1 if num_rows <= self.config.max_running else num_rows
+        while each > self.info.max_model_len:  # a power of two, like the buckets
+            each //= 2
         plan, owned = self._synthetic_plan(place, num_rows // each, each)
         measured: list[float] = []
         try:
@@ -204,7 +203,7 @@ def _policy(config: EngineConfig, ladder: Ladder):  # type: ignore[no-untyped-de
 def _size_kv(config: EngineConfig, model: ModelConfig, geometry: KVGeometry) -> tuple[int, int]:
     """Pages that the K/V memory makes, and the context length. One sequence of that length must fit at full depth, with
     the exit states of one refill chunk."""
-    kv_bytes = config.kv_bytes or DEFAULT_KV_BYTES
+    kv_bytes = config.kv_bytes or min(MOST_KV_BYTES, _free_bytes() // 4)
     num_pages = kv_bytes // geometry.page_bytes
     state_pages = geometry.num_blocks(config.max_step_tokens) * geometry.state_pages
     fitting = max(0, num_pages - state_pages) // geometry.num_columns * geometry.block_tokens
@@ -224,6 +223,14 @@ def _size_kv(config: EngineConfig, model: ModelConfig, geometry: KVGeometry) -> 
     return num_pages, max_model_len
 
 
+def _free_bytes() -> int:
+    """Physical memory that is free now, as far as the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 * MOST_KV_BYTES  # macOS and Windows do not tell
+
+
 def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
@@ -238,5 +245,7 @@ def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
         info.kv_bytes / mib,
         info.max_model_len,
     )
-    if not has_ladder or info.ladder.measured is None:
-        logger.warning("the ladder of %s is not measured: widths are sorted by weight norms only", info.model)
+    if not has_ladder:
+        logger.warning("%s has no ladder: FFN widths are sorted by weight norms, their quality is not known", info.model)
+    elif info.ladder.measured is None:
+        logger.warning("the ladder of %s is not measured: the quality of its sub-models is not known", info.model)

@@ -36,13 +36,20 @@ class _FileEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     degraded: bool = False
 
 
-class Measured(msgspec.Struct, frozen=True, omit_defaults=True):
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the qualities were measured: the metric by name, the data, and the command that did it."""
 
     metric: str
     data: str = ""
     command: str = ""
     tokens: int = 0
+
+
+class _Header(msgspec.Struct):
+    """Read first and leniently: a file of another version may have keys that this one does not know."""
+
+    format: str
+    version: int
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -76,6 +83,8 @@ class Ladder:
         ids = [entry.id for entry in self.entries]
         if len(set(ids)) != len(ids):
             raise LadderError(f"ladder has two entries of one id among {ids}; give them an `id` of their own")
+        if len({entry.submodel for entry in self.entries}) != len(ids):
+            raise LadderError(f"ladder has the same sub-model twice among {ids}; drop one of them")
         if not self.entries or self.entries[-1].submodel != SubModel.full(self.shape):
             raise LadderError("the last entry of a ladder must be the full model")
 
@@ -98,9 +107,11 @@ class Ladder:
         entries: list[Entry] = []
         for percent in width_percents:
             exact = shape.ffn_width * percent / 100
-            width = round(exact / 128) * 128 if exact >= 512 else round(exact)
+            width = round(exact / 128) * 128 if exact >= 512 else max(1, round(exact))
             submodel = SubModel.make(shape.num_layers, shape.ffn_width if percent == 100 else width)
-            entries.append(Entry(submodel.name(shape) or "full", submodel))
+            name = submodel.name(shape)
+            if name is not None and all(entry.id != name for entry in entries):  # tiny FFNs snap two onto one
+                entries.append(Entry(name, submodel))
         return cls.of(shape, entries)
 
     @classmethod
@@ -110,15 +121,18 @@ class Ladder:
         Raises LadderError, naming the file and the place in it, if it is malformed or made for another model.
         """
         try:
-            file = msgspec.json.decode(path.read_bytes(), type=_File)
+            content = path.read_bytes()
+            header = msgspec.json.decode(content, type=_Header)
+            if (header.format, header.version) != (FORMAT, VERSION):
+                raise LadderError(
+                    f"{path}: format {header.format!r} version {header.version}, "
+                    f"this server reads {FORMAT!r} version {VERSION}"
+                )
+            file = msgspec.json.decode(content, type=_File)
         except OSError as error:
             raise LadderError(f"{path}: {error.strerror}") from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise LadderError(f"{path}: {error}") from error
-        if (file.format, file.version) != (FORMAT, VERSION):
-            raise LadderError(
-                f"{path}: format {file.format!r} version {file.version}, this server reads {FORMAT!r} version {VERSION}"
-            )
         if (file.num_layers, file.ffn_width) != (shape.num_layers, shape.ffn_width):
             raise LadderError(
                 f"{path}: made for {file.num_layers} layers of {file.ffn_width} FFN neurons, "
@@ -189,13 +203,14 @@ class Ladder:
         return self._places[submodel_id]
 
     def quality_floor(self, share: float) -> int:
-        """Place of the cheapest entry from which on every entry has at least `share` of the full model's quality;
-        unmeasured entries do not count, the full model always does."""
+        """Place of the cheapest entry from which on every entry is measured to have at least `share` of the full model's
+        quality; the full model always has. All of them, since a policy may choose any place above a floor."""
         floor = self.full
-        for place in range(self.full - 1, -1, -1):
-            quality = self.entries[place].quality
-            if quality is not None and quality.value >= share:
-                floor = place
+        while floor > 0:
+            quality = self.entries[floor - 1].quality
+            if quality is None or quality.value < share:
+                break
+            floor -= 1
         return floor
 
     def ffn_boundaries(self, layer: int, most: int = 4) -> tuple[int, ...]:
@@ -214,6 +229,8 @@ class Ladder:
 
 def _entry(entry: _FileEntry, shape: ModelShape, number: int) -> Entry:
     """Validate one entry of the file; raises ValueError with the value and the limit."""
+    if not 1 <= entry.depth <= shape.num_layers:
+        raise ValueError(f"depth is {entry.depth}, must be in [1, {shape.num_layers}]: the model's layers")
     if not isinstance(entry.width, int) and len(entry.width) < entry.depth:
         raise ValueError(f"width lists {len(entry.width)} layers, depth is {entry.depth}")
     if entry.quality is not None and not 0.0 <= entry.quality.value <= 1.0:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
-from sortserve.engine.errors import DrainingError, EngineFailedError, SortServeError
+from sortserve.engine.errors import DrainingError, EngineFailedError, SortServeError, UnavailableError
 from sortserve.engine.protocol import (
     EngineInfo,
     EngineStats,
@@ -211,4 +211,5 @@ def _settle(future: "asyncio.Future[T]", value: T | None, error: BaseException |
 
 
 def _failed(request_id: str, error: SortServeError) -> FailedEvent:
-    return FailedEvent(request_id, type(error).__name__, error.message, error.param)
+    retry_after = error.retry_after if isinstance(error, UnavailableError) else None
+    return FailedEvent(request_id, type(error).__name__, error.message, error.param, retry_after)

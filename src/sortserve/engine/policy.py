@@ -86,7 +86,8 @@ class SlackPolicy:
         """See the class."""
         budgeted = [place for place, request in enumerate(view.requests) if request.asked.budget is not None]
         if view.times is None or not budgeted:
-            return [Choice(request.ceiling, _reason(request, request.ceiling)) for request in view.requests]
+            highest = [self._allowed(view, request, view.ladder.full)[-1] for request in view.requests]
+            return [Choice(at, _reason(request, at)) for request, at in zip(view.requests, highest, strict=True)]
         cap = self._best_cap(view, budgeted, self._safety)
         held = max(view.requests[i].submodel for i in budgeted)
         if NEVER_RAN < held < cap:

@@ -66,6 +66,7 @@ class PrefixIndex:
         for parent in parents:
             assert parent.key is not None, "a parent must be published first"
             parent.children += 1
+            self._idle.pop(parent, None)  # it is evicted after its child
         self._cells[key] = cell
         self._known_tokens[token_key] += 1
         self._token_keys[key] = token_key
@@ -101,7 +102,7 @@ class PrefixIndex:
                 del self._known_tokens[token_key]
             self._pool.free(cell.pages)
             cell.key = None
-            for parent in cell.parents:
+            for parent in reversed(cell.parents):  # the one in its own segment comes last, so it is the next to go
                 parent.children -= 1
                 if parent.children == 0 and parent.users == 0 and parent.key is not None:
                     # it is older than all that idles already

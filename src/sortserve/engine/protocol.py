@@ -103,6 +103,7 @@ class FailedEvent:
     error: str  # class name in errors.py
     message: str
     param: str | None = None
+    retry_after: float | None = None  # seconds; None where trying again does not help or nothing is known
 
 
 Event = AcceptedEvent | PromptLogprobsEvent | TokenEvent | FinishedEvent | FailedEvent

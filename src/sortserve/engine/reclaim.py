@@ -12,7 +12,6 @@ class Room:
     """Room was made. `states`: whether there is room for the request's exit states too."""
 
     states: bool
-    preempted: int
 
 
 class Reclaimer:
@@ -32,31 +31,29 @@ class Reclaimer:
             return self._kv.make_room(self._kv.pages_to_reserve(request.kv, exit, stop, states=with_states))
 
         if fits(states):
-            return Room(states, 0)
+            return Room(states)
         if not victims and not states:
             return None
-        for other in victims:
+        for other in reversed(victims):
             if other.kv.states:
                 self._kv.drop_states(other.kv)
                 self._kv.events["states_dropped"] += 1
                 if fits(states):
-                    return Room(states, 0)
+                    return Room(states)
         if states and fits(False):
-            return Room(False, 0)
+            return Room(False)
         for other in reversed(victims):
             self._release_deep(other)
             if fits(False):
-                return Room(False, 0)
-        preempted = 0
+                return Room(False)
         for other in reversed(victims):
             if other.kv.cells[0]:  # it runs, or it waits on adopted blocks
-                preempted += other.running
                 self._preempt(other)
                 if fits(False):
-                    return Room(False, preempted)
+                    return Room(False)
         # the request's own cost of being shared: nothing is left but itself
         self._kv.drop_states(request.kv)
-        return Room(False, preempted) if fits(False) else None
+        return Room(False) if fits(False) else None
 
     def _release_deep(self, other: Request) -> None:
         """Deep pages that a request does not need where it may run: it is demotable to its floor."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from sortserve.engine.budget import Budget
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import SampleSpec
 from sortserve.engine.protocol import GenerateRequest, KVMode, RequestSummary, TokenLogprob
@@ -94,6 +95,12 @@ class Request:
             queue_seconds=None if self.first_row is None else self.first_row - arrival,
             first_token_seconds=None if self.first_token is None else self.first_token - arrival,
             total_seconds=now - arrival,
-            met=None if budget is None else budget.met(arrival, self.first_token, self.last_token, self.num_output),
+            met=None if budget is None else self._met(budget, now),
             cut=self.cut,
         )
+
+    def _met(self, budget: Budget, now: float) -> bool:
+        arrival = self.asked.arrival
+        if self.asked.sampling.max_tokens == 0:
+            return budget.within_total(arrival, now)
+        return budget.met(arrival, self.first_token, self.last_token, self.num_output)

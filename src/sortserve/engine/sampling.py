@@ -1,6 +1,5 @@
 """How the next token is drawn: the parameters of one request, validated at construction."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -82,7 +81,8 @@ class SamplingParams:
 
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     """Raise RequestError unless `value` is finite and in [low, high] (or (low, high])."""
-    inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
-    if not inside:
+    if not ((low < value if open_low else low <= value) and value <= high):  # NaN is not
         bracket = "(" if open_low else "["
-        raise RequestError(f"{name} is {value}, must be in {bracket}{low}, {high}]", param=name)
+        huge = isinstance(value, int) and value.bit_length() > 128  # Python refuses to print integers of 4,300 digits
+        shown = f"a number of {value.bit_length()} bits" if huge else value  # type: ignore[attr-defined]
+        raise RequestError(f"{name} is {shown}, must be in {bracket}{low}, {high}]", param=name)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from sortserve.engine.admission import Limits, check_request, check_strict, resolve_terms
-from sortserve.engine.errors import OverloadedError
+from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
@@ -82,7 +82,11 @@ class Scheduler:
             raise OverloadedError(
                 f"{waiting} requests are waiting, the queue holds {self.limits.max_waiting}", retry_after=1.0
             )
-        check_strict(asked, terms, self.times, self.correction.factor, self._max_step_tokens, running)
+        try:
+            check_strict(asked, terms, self.times, self.correction.factor, self._max_step_tokens, running)
+        except (BudgetInfeasibleError, OverloadedError) as error:
+            self._dropped[error.code] += 1
+            raise
         assert asked.request_id not in self.requests, "request ids are unique"
         self.requests[asked.request_id] = Request(
             asked,
@@ -99,7 +103,10 @@ class Scheduler:
     def abort(self, request_id: str, now: float) -> FinishedEvent | None:
         """End a request at once; None if it is not there any more. Its pages are free when this returns."""
         request = self.requests.get(request_id)
-        return None if request is None else self._finish(request, "abort", now)
+        if request is None:
+            return None
+        self._pending = [event for event in self._pending if event.request_id != request_id]  # nothing after the end
+        return self._finish(request, "abort", now)
 
     @property
     def has_work(self) -> bool:
@@ -126,7 +133,7 @@ class Scheduler:
             if part is not None:
                 planned[request.id] = part
                 cost_left -= cost
-                self._accept(request, now)
+                self._accept(request, part, now)
         if not planned:
             return None
         self._steps += 1
@@ -174,10 +181,15 @@ class Scheduler:
         self, request: Request, choice: Choice, max_cost: int, others: list[Request]
     ) -> tuple[SequencePlan | None, int]:
         """The request's part of the step on the chosen place, or where memory is short on the one it runs already, and
-        last on its floor; and its cost in rows x layers."""
+        last on its floor; and its cost in rows x layers. With exact K/V only depth gives way: other widths would start
+        from the first token again, at every step if the policy then wants the old ones back."""
         assert choice.place is not None
         attempts = [choice]
+        tied = request.kv_mode == "exact" and request.submodel != NEVER_RAN
+        same = self.settings.compatible(choice.place) if tied else None
         for fallback in (request.submodel, request.floor):
+            if same is not None and fallback not in same:
+                continue
             if request.floor <= fallback < attempts[-1].place:  # type: ignore[operator]
                 attempts.append(Choice(fallback, "memory"))
         for attempt, is_last in zip(attempts, [False] * (len(attempts) - 1) + [True], strict=True):
@@ -200,7 +212,7 @@ class Scheduler:
             self.kv.change_settings(kv, target, exit, known)
         reads_prompt = request.asked.sampling.prompt_logprobs is not None
         if not reads_prompt:
-            self._count_hits(request, self.kv.adopt(kv, request.tokens, exit, target))
+            self.kv.adopt(kv, request.tokens, exit, target)
         watermark = tuple(kv.watermark[:exit])
         spans, cost = kv.spans(exit, known, target, max_cost)
         if not spans:
@@ -213,7 +225,6 @@ class Scheduler:
             if room is None:
                 return None, 0, True
             states = room.states
-            self._totals["preemptions"] += room.preempted
             if not self.kv.reserve(kv, exit, reserve_stop, states=states):
                 return None, 0, True
             # what was reclaimed may have been the request's own states
@@ -245,13 +256,6 @@ class Scheduler:
         wanted = request.asked.sampling.prompt_logprobs
         return (wanted, successors) if wanted is not None and successors else (None, ())
 
-    def _count_hits(self, request: Request, found: int) -> None:
-        if request.submodel == NEVER_RAN and not request.running:
-            self._totals["prefix_queries"] += request.num_prompt
-        if found and request.submodel == NEVER_RAN:
-            request.cached_tokens = request.kv.watermark[0]
-            self._totals["prefix_hits"] += request.cached_tokens
-
     def _note_choice(self, request: Request, choice: Choice) -> None:
         """Count a change of sub-model with its reason."""
         assert choice.place is not None
@@ -264,11 +268,15 @@ class Scheduler:
             self._switched["up" if choice.place > request.submodel else "down"] += 1
         request.submodel = choice.place
 
-    def _accept(self, request: Request, now: float) -> None:
-        """Tell a request that runs for the first time what it starts with."""
+    def _accept(self, request: Request, part: SequencePlan, now: float) -> None:
+        """Tell a request that runs for the first time what it starts with. All the K/V it has then were cached."""
         if request.first_row is not None:
             return
         request.first_row = now
+        if request.asked.sampling.prompt_logprobs is None:
+            request.cached_tokens = part.watermark[0]
+            self._totals["prefix_queries"] += request.num_prompt
+            self._totals["prefix_hits"] += request.cached_tokens
         predicted, met = None, True
         if request.asked.budget is not None and self.times is not None:
             count = sum(other.running for other in self.requests.values())
@@ -282,12 +290,14 @@ class Scheduler:
         self._pending.append(AcceptedEvent(request.id, self.ladder.entries[request.submodel].id, predicted, met))
 
     def _cut_overdue(self, now: float) -> None:
-        """Budget policy `cut`: stop where one more step would come too late."""
+        """Budget policy `cut`: stop where one more step, of the shape that runs now, would come too late."""
+        running = Counter(request.submodel for request in self.requests.values() if request.running)
         for request in list(self.requests.values()):
             budget = request.asked.budget
             if budget is None or budget.policy != "cut" or budget.total_ms is None:
                 continue
-            step = 0.0 if self.times is None else self.times.step([(request.floor, 1)]) * self.correction.factor
+            shape = running if request.running else running + Counter([request.floor])
+            step = 0.0 if self.times is None else self.times.step(shape.items()) * self.correction.factor
             if now + step > request.asked.arrival + budget.total_ms / 1e3:
                 request.cut = True
                 self._accept_unrun(request)
@@ -329,10 +339,10 @@ class Scheduler:
             if known < len(gave.prompt_logprobs) and len(request.prompt_logprobs) == request.num_prompt:
                 events.append(PromptLogprobsEvent(request.id, tuple(request.prompt_logprobs)))
         sampling = request.asked.sampling
+        if part.stop == request.num_prompt == 1 and request.num_output == 0 and sampling.prompt_logprobs is not None:
+            events.append(PromptLogprobsEvent(request.id, (None,)))
         if gave.token is None:
             if part.stop == request.num_prompt and sampling.max_tokens == 0:
-                if request.num_prompt == 1:
-                    events.append(PromptLogprobsEvent(request.id, (None,)))
                 events.append(self._finish(request, "length", now))
             return events
         request.tokens.append(gave.token)
@@ -367,7 +377,7 @@ class Scheduler:
             kv_pages_used=pool.num_pages - pool.num_free - cached,
             kv_pages_cached=cached,
             steps=self._steps,
-            preemptions=self._totals["preemptions"],
+            preemptions=self.kv.events["preempted"],
             refilled_tokens=self._totals["refilled_tokens"],
             prefix_queries=self._totals["prefix_queries"],
             prefix_hits=self._totals["prefix_hits"],

@@ -83,10 +83,12 @@ class SubModel:
         cls, depth: int, width: int | Sequence[int], skip_attention: Iterable[int] = (), skip_ffn: Iterable[int] = ()
     ) -> "SubModel":
         """The canonical sub-model: what is said of layers at or above `depth` is dropped. `width` is one for all layers
-        or one per layer."""
+        or one per layer. Raises ValueError like the constructor."""
         widths = [width] * depth if isinstance(width, int) else list(width)[:depth]
         for layer in skip_ffn:
-            if layer < depth:
+            if layer < 0:
+                raise ValueError(f"skip_ffn has layer {layer}, none may be negative")
+            if layer < len(widths):
                 widths[layer] = 0
         return cls(depth, tuple(widths), tuple(sorted({layer for layer in skip_attention if layer < depth})))
 

@@ -110,8 +110,8 @@ class Answer:
 
     def met(self, budget: Budget, arrival: float, last_time: float) -> bool:
         """Whether the budget was kept, the last token being written at `last_time`."""
-        if self.first_time is None:  # no token was asked for: only the total can be late
-            return budget.total_ms is None or (last_time - arrival) * 1e3 <= budget.total_ms
+        if self._job.sampling.max_tokens == 0:
+            return budget.within_total(arrival, last_time)
         return budget.met(arrival, self.first_time, last_time, self.num_tokens)
 
     def _echo(self) -> Delta:

@@ -69,7 +69,10 @@ def internal_error_response() -> Response:
 def error_of_event(event: FailedEvent) -> SortServeError:
     """The error that a back end named; an unknown name is our own bug and becomes a 500."""
     kind = _error_classes().get(event.error, SortServeError)
-    return kind(event.message, param=event.param)
+    error = kind(event.message, param=event.param)
+    if isinstance(error, UnavailableError) and event.retry_after is not None:
+        error.retry_after = event.retry_after
+    return error
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
-from sortserve.engine.config import EngineConfig
+from sortserve.engine.config import EngineConfig, load_model_config
 from sortserve.engine.errors import StartupError
 from sortserve.engine.text import Tokenizer
 from sortserve.server.app import create_app
@@ -28,6 +29,7 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
     config = engine_config(folder, args)
+    load_model_config(folder)  # a wrong folder is refused here, before anything listens
     tokenizer = Tokenizer.load(folder)
     listener = _listen(args.host, args.port)
 
@@ -39,7 +41,7 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
         shutdown_timeout=args.shutdown_timeout,
         allow_origins=tuple(args.allow_origin),
     )
-    app = create_app(NativeBackend(config), tokenizer, options, lambda: server.stop())
+    app = create_app(NativeBackend(config, LoadingLog()), tokenizer, options, lambda: server.stop())
     state: ServerState = app.state.server
     server = DrainingServer(app, state)
     _LOG.info("listening on http://%s:%d, loading %s", args.host, listener.getsockname()[1], folder)
@@ -66,6 +68,20 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         num_threads=args.threads,
         prefix_cache=not args.no_prefix_cache,
     )
+
+
+class LoadingLog:
+    """Says once a second how far loading is; a model that is there in a second needs no word."""
+
+    def __init__(self, every_seconds: float = 1.0) -> None:
+        self._every_seconds = every_seconds
+        self._said = time.monotonic()
+
+    def __call__(self, layers_loaded: int, num_layers: int) -> None:
+        """Progress of the engine's loading."""
+        if time.monotonic() - self._said >= self._every_seconds:
+            self._said = time.monotonic()
+            _LOG.info("loading: layer %d of %d", layers_loaded, num_layers)
 
 
 class DrainingServer(uvicorn.Server):

@@ -1,0 +1,142 @@
+"""A small ladder and a runner without torch, for the tests of the bookkeeping and the scheduler."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sortserve.engine.kv import KVManager
+from sortserve.engine.ladder import Entry, Ladder, Quality
+from sortserve.engine.pages import KVGeometry
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.predictor import StepTimes
+from sortserve.engine.protocol import TokenLogprob
+from sortserve.engine.request import Request
+from sortserve.engine.sequence_kv import SequenceKV
+from sortserve.engine.submodel import ModelShape, SubModel
+
+SHAPE = ModelShape(
+    num_layers=6, hidden_size=16, ffn_width=64, num_heads=2, num_kv_heads=1, head_dim=8, vocab_size=100, dtype_bytes=4
+)
+EXITS = (1, 3, 4, 6)
+BLOCK = 4
+NUM_SEGMENTS = len(EXITS)
+
+
+def small_ladder(widths: Sequence[int] = (32, 64), *, degraded: Sequence[str] = ()) -> Ladder:
+    """Every exit at every width, quality by share of the layers."""
+    entries = []
+    for depth in EXITS:
+        for width in widths:
+            submodel = SubModel.make(depth, width)
+            name = submodel.name(SHAPE)
+            assert name is not None
+            quality = Quality(depth / 6 * (0.9 if width < 64 else 1.0))
+            entries.append(Entry(name, submodel, quality, name in degraded))
+    return Ladder.of(SHAPE, entries)
+
+
+LADDER = small_ladder()
+GEOMETRY = KVGeometry.of(SHAPE, LADDER.bounds, BLOCK)
+
+
+def step_seconds(place: int, rows: float, ladder: Ladder = LADDER) -> float:
+    """A synthetic machine: 1 ms with the head, 1 ms for each layer, 2 ms for each full FFN; 32 rows cost twice one."""
+    submodel = ladder.entries[place].submodel
+    whole = 1e-3 * (1 + submodel.depth + 2 * sum(submodel.widths) / SHAPE.ffn_width)
+    return whole * (1 + (rows - 1) / 31)
+
+
+def step_times(ladder: Ladder = LADDER) -> StepTimes:
+    """Step times fitted to `step_seconds`, with which they agree: it is linear in everything."""
+    return StepTimes.fit(ladder, lambda place, rows: step_seconds(place, rows, ladder), (1, 16, 64, 256))
+
+
+def compute(
+    kv: KVManager,
+    sequence: SequenceKV,
+    tokens: Sequence[int],
+    exit: int,
+    target: tuple[int, ...] | None = None,
+    *,
+    states: bool = False,
+) -> int:
+    """Bring all of `tokens` to `exit` like a step without a limit does; returns what was found in the prefix cache."""
+    wanted = (0,) * exit if target is None else target
+    found = kv.adopt(sequence, tokens, exit, wanted)
+    spans, _ = sequence.spans(exit, len(tokens), wanted, 10**6)
+    if spans:
+        assert kv.reserve(sequence, exit, len(tokens), states=states), "the test's pool is too small"
+        kv.advance(sequence, tokens, exit, spans, states=states)
+    return found
+
+
+def canned_token(position: int) -> int:
+    """The token that the fake runner draws at a position."""
+    return (position * 37 + 11) % SHAPE.vocab_size
+
+
+class FakeRunner:
+    """Returns canned tokens, and keeps for every place of every page what a real runner would have written there.
+
+    A row that would read K/V or a state of other tokens or other settings than its own fails.
+    """
+
+    def __init__(self, geometry: KVGeometry = GEOMETRY) -> None:
+        self._geometry = geometry
+        self._memory: dict[tuple[int, int], object] = {}  # (page, slot)
+
+    def run(self, plan: Plan, requests: dict[str, Request]) -> StepResult:
+        """Check and carry out a plan."""
+        assert len({part.request_id for part in plan.sequences}) == len(plan.sequences)
+        assert [part.exit for part in plan.sequences] == sorted((part.exit for part in plan.sequences), reverse=True)
+        for part in plan.sequences:
+            self._write(part, requests[part.request_id])
+        for part in plan.sequences:
+            self._read(part, requests[part.request_id])
+        return StepResult(tuple(_result(part) for part in plan.sequences), 0.0)
+
+    def _content(self, part: SequencePlan, request: Request, segment: int, position: int) -> object:
+        settings = request.kv.settings[: segment + 1, : position + 1].copy()
+        for span in part.spans:
+            stop = min(span.stop, position + 1)
+            if span.start < stop:
+                settings[:, span.start : stop] = np.asarray(span.settings[: segment + 1])[:, None]
+        return tuple(request.tokens[: position + 1]), settings.tobytes()
+
+    def _write(self, part: SequencePlan, request: Request) -> None:
+        size = self._geometry.block_tokens
+        assert part.start == part.watermark[part.exit - 1], "rows must start at the watermark"
+        assert part.tokens.tolist() == request.tokens[part.start : part.stop]
+        stop = part.start
+        for span in part.spans:
+            assert span.start == stop, "spans must follow each other"
+            assert span.exit == part.exit
+            stop = span.stop
+            for position in range(span.start, span.stop):
+                block, slot = divmod(position, size)
+                if span.first_segment > 0:
+                    state = self._memory.get((part.state_pages[block, span.first_segment][0], slot))
+                    assert state == ("state", self._content(part, request, span.first_segment - 1, position))
+                for segment in range(span.first_segment, part.exit):
+                    if position >= part.watermark[segment]:
+                        content = self._content(part, request, segment, position)
+                        for page in part.pages[block, self._geometry.columns(segment)]:
+                            self._memory[int(page), slot] = content
+                if part.keep_states and part.exit < self._geometry.num_segments:
+                    content = self._content(part, request, part.exit - 1, position)
+                    for page in part.state_pages[block, part.exit]:
+                        self._memory[page, slot] = ("state", content)
+
+    def _read(self, part: SequencePlan, request: Request) -> None:
+        for segment in range(part.exit):
+            for position in range(part.stop):
+                block, slot = divmod(position, self._geometry.block_tokens)
+                expected = self._content(part, request, segment, position)
+                for page in part.pages[block, self._geometry.columns(segment)]:
+                    assert self._memory.get((int(page), slot)) == expected, (part.request_id, segment, position)
+
+
+def _result(part: SequencePlan) -> SequenceResult:
+    token = None if part.sample is None else canned_token(part.sample.position)
+    logprobs = tuple(TokenLogprob(token, -float(part.start + 1 + i)) for i, token in enumerate(part.successors))
+    return SequenceResult(token, None, logprobs)
