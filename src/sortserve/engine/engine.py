@@ -246,6 +246,8 @@ def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
         info.max_model_len,
     )
     if not has_ladder:
-        logger.warning("%s has no ladder: FFN widths are sorted by weight norms, their quality is not known", info.model)
+        logger.warning(
+            "%s has no ladder: FFN widths are sorted by weight norms, their quality is not known", info.model
+        )
     elif info.ladder.measured is None:
         logger.warning("the ladder of %s is not measured: the quality of its sub-models is not known", info.model)

@@ -151,7 +151,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--max-model-len", type=positive, help="tokens, prompt + output; default: what model and memory allow"
     )
     parser.add_argument(
-        "--kv-memory", type=size, metavar="SIZE", help="for K/V, like 512MiB or 2GiB; default: a quarter of what is free, at most 2GiB"
+        "--kv-memory",
+        type=size,
+        metavar="SIZE",
+        help="for K/V, like 512MiB or 2GiB; default: a quarter of what is free, at most 2GiB",
     )
     parser.add_argument(
         "--ladder", type=Path, metavar="FILE", help="default: ladder.json in the model folder, or built in"
