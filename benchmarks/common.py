@@ -17,30 +17,36 @@ from sortserve.engine.config import EngineConfig, load_model_config
 from sortserve.engine.engine import Engine
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.policy import Choice, View
-from sortserve.engine.protocol import GenerateRequest, KVMode, TokenEvent
+from sortserve.engine.protocol import GenerateRequest, KVMode
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.submodel import SubModel
 
 DEFAULT_MODEL = Path.home() / ".cache" / "sortserve-models" / "qwen2.5-coder-0.5b-instruct"
+CONTEXT = 64
+"""Prompt tokens of a request, unless a benchmark says otherwise."""
 RESULTS = Path(__file__).parent / "results"
 
 
 class ScriptedPolicy:
-    """Each request runs the place that the benchmark last named for it; the full model if none."""
+    """Each request runs the place that the benchmark last named for it; the others sit out if `only` is set."""
 
     name = "scripted"
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}
+        self.only: frozenset[str] | None = None
 
     def decide(self, view: View) -> list[Choice]:
         """The named places; the benchmark stays within floors and ceilings."""
-        return [Choice(self.places.get(request.id, view.ladder.full), "fixed") for request in view.requests]
+        return [
+            Choice(None if self.only is not None and request.id not in self.only else self.places[request.id], "fixed")
+            for request in view.requests
+        ]
 
 
 @dataclass
 class Driver:
-    """The real engine under a scripted policy. Every step is a whole one: plan, rows, head, sampler, bookkeeping."""
+    """The real engine under a scripted policy."""
 
     engine: Engine
     policy: ScriptedPolicy
@@ -86,11 +92,20 @@ class Driver:
             self.engine.scheduler.requests[request_id].floor = 0
         return request_id
 
-    def step(self) -> tuple[float, int]:
-        """Seconds of one step, and how many tokens it gave."""
+    def group(self, places: Sequence[int], max_tokens: int, *, num_prompt: int = CONTEXT) -> list[str]:
+        """Requests pinned to `places`, their prompts computed."""
+        ids = [self.submit(num_prompt, max_tokens, place, pinned=True) for place in places]
+        self.catch_up()
+        return ids
+
+    def step(self, only: Iterable[str] | None = None) -> float:
+        """Seconds of one whole step: plan, rows, head, sampler, bookkeeping. `only`: the others sit out."""
+        self.policy.only = None if only is None else frozenset(only)
         began = time.perf_counter()
-        events = self.engine.step()
-        return time.perf_counter() - began, sum(isinstance(event, TokenEvent) for event in events)
+        self.engine.step()
+        seconds = time.perf_counter() - began
+        self.policy.only = None
+        return seconds
 
     def catch_up(self) -> None:
         """Step until every request decodes (its prompt is computed)."""
@@ -116,7 +131,8 @@ def grid_ladder(model: Path, depths: Sequence[int], shares: Sequence[float]) -> 
 
 
 def alternate(runs: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Time A, B, ..., A, B, ... so that drift of the machine meets all alike; the figures of each."""
+    """Time A, B, ..., then the same in reverse, and so on, so that drift of the machine meets all alike; the figures of
+    each. The shorter the runs, the better the pairs: these machines' bandwidth changes within seconds."""
     figures: list[list[float]] = [[] for _ in runs]
     for number in range(rounds):
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))

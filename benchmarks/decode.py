@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import Bandwidth, Driver, alternate, median, paired_ratio, report
+from benchmarks.common import CONTEXT, Bandwidth, Driver, alternate, median, paired_ratio, report
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.submodel import SubModel
 
-CONTEXT = 64
 STEPS = 12
 TARGETS = {1: 1.5, 8: 1.45, 32: 1.15}  # times transformers
 SHARE_OF_CEILING = 0.65
@@ -59,7 +58,7 @@ def run(model: Path, rounds: int = 5) -> None:
 
 
 def _our_steps(driver: Driver) -> Callable[[], float]:
-    return lambda: median(driver.step()[0] for _ in range(STEPS))
+    return lambda: median(driver.step() for _ in range(STEPS))
 
 
 def _their_steps(theirs: torch.nn.Module, batch: int) -> Callable[[], float]:

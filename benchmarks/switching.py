@@ -6,16 +6,16 @@ half and full depth, exactly, against a prediction that counts the refills. (iv)
 against a full prefill of them.
 """
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.common import Driver, alternate, grid_ladder, median, paired_ratio, report
+from benchmarks.common import CONTEXT, Driver, alternate, grid_ladder, median, paired_ratio, report
 from sortserve.engine.config import load_model_config
 
-CONTEXT = 64
 BATCH = 8
-ROUNDS = 9
-STEPS = 8
+ROUNDS = 60
+MAX_TOKENS = 2 * ROUNDS + 8
 
 
 def run(model: Path) -> None:
@@ -40,120 +40,79 @@ def run(model: Path) -> None:
 
 
 def _widths(driver: Driver, layers: int) -> float:
-    """Half of the rows wide, half narrow; constant, or all of them swapped at every step."""
+    """Two batches, half of the rows wide, half narrow: in one they stay so, in the other all swap at every step."""
     wide, narrow = driver.place(f"d{layers}"), driver.place(f"d{layers}-w50")
+    constant = [driver.submit(CONTEXT, MAX_TOKENS, wide) for _ in range(BATCH)]
+    swapped = [driver.submit(CONTEXT, MAX_TOKENS, wide) for _ in range(BATCH)]
+    driver.catch_up()
+    for position, request_id in enumerate(constant):
+        driver.policy.places[request_id] = narrow if position % 2 else wide
+    turn = 0
 
-    def seconds(swap: bool) -> Callable[[], float]:
-        def measure() -> float:
-            driver.clear()
-            ids = [driver.submit(CONTEXT, STEPS + 6, wide) for _ in range(BATCH)]
-            driver.catch_up()
-            times = []
-            for number in range(STEPS + 2):
-                for position, request_id in enumerate(ids):
-                    odd = position % 2 == (number % 2 if swap else 0)
-                    driver.policy.places[request_id] = wide if odd else narrow
-                times.append(driver.step()[0])
-            return median(times[2:])
+    def swap() -> float:
+        nonlocal turn
+        turn += 1
+        for position, request_id in enumerate(swapped):
+            driver.policy.places[request_id] = narrow if (position + turn) % 2 else wide
+        return driver.step(swapped)
 
-        return measure
-
-    constant, swapped = alternate([seconds(False), seconds(True)], ROUNDS)
-    ratio = paired_ratio(swapped, constant)
-    print(
-        f"(i)   constant {1e3 * median(constant):.1f} ms, widths swapped every step {1e3 * median(swapped):.1f}: {ratio:.3f}"
-    )
-    return ratio
+    times = alternate([lambda: driver.step(constant), swap], ROUNDS)
+    return _told(driver, "(i)   constant", times[0], "widths swapped every step", times[1])
 
 
 def _redrawn(driver: Driver, depths: list[int]) -> float:
-    """Two requests of each depth run, the same ones every step or two of four, in turn; the others sit out."""
+    """Two requests of each depth: the same eight at every step, or a drawing of eight among sixteen."""
     places = [driver.place(f"d{depth}") for depth in depths for _ in range(2)]
+    constant = driver.group(places, MAX_TOKENS)
+    pool = [driver.group(places, MAX_TOKENS) for _ in range(2)]
+    draw = random.Random(0)
 
-    def seconds(groups: int) -> Callable[[], float]:
-        def measure() -> float:
-            driver.clear()
-            batches = [[driver.submit(CONTEXT, STEPS + 6, place, pinned=True) for place in places] for _ in range(2)]
-            driver.catch_up()
-            times = []
-            for number in range(STEPS + 2):
-                running = batches[number % groups]
-                driver.engine.scheduler.policy = _Only(set(running), dict(driver.policy.places))
-                times.append(driver.step()[0])
-            driver.engine.scheduler.policy = driver.policy
-            return median(times[2:])
+    def drawn() -> float:
+        return driver.step([draw.choice(pair) for pair in zip(*pool, strict=True)])
 
-        return measure
-
-    constant, redrawn = alternate([seconds(1), seconds(2)], ROUNDS)
-    ratio = paired_ratio(redrawn, constant)
-    print(
-        f"(ii)  constant {1e3 * median(constant):.1f} ms, batch redrawn every step {1e3 * median(redrawn):.1f}: {ratio:.3f}"
-    )
-    return ratio
-
-
-class _Only:
-    """Requests outside the set sit the step out."""
-
-    name = "only"
-
-    def __init__(self, running: set[str], places: dict[str, int]) -> None:
-        self._running, self._places = running, places
-
-    def decide(self, view):  # type: ignore[no-untyped-def]
-        """The set's requests on their places."""
-        from sortserve.engine.policy import Choice
-
-        return [
-            Choice(self._places[request.id] if request.id in self._running else None, "fixed")
-            for request in view.requests
-        ]
+    times = alternate([lambda: driver.step(constant), drawn], ROUNDS)
+    return _told(driver, "(ii)  constant", times[0], "batch redrawn every step", times[1])
 
 
 def _alternating(driver: Driver, layers: int) -> float:
-    """Steps at half depth (A) and full depth (B) in turn. A full step then refills one token per request from its state:
-    2 rows in the upper half, where a constant full batch has 1. Predicted: the mean of a half-depth step and a step
-    whose upper half runs twice the rows, taken as full(BATCH) + [full(2 BATCH) - half(2 BATCH)] - [full - half](BATCH)."""
+    """Steps at half depth and at full depth in turn. A full step refills one token per request from its state, so its
+    upper half runs 2 x BATCH rows. Predicted: the mean of a half-depth step and of one that adds to it the difference
+    of full and half depth at 2 x BATCH rows."""
     full, half = driver.place(f"d{layers}"), driver.place(f"d{layers // 2}")
-
-    def constant(place: int, rows: int) -> Callable[[], float]:
-        def measure() -> float:
-            driver.clear()
-            for _ in range(rows):
-                driver.submit(CONTEXT, STEPS + 6, place, pinned=True)
-            driver.catch_up()
-            driver.step()
-            return median(driver.step()[0] for _ in range(STEPS))
-
-        return measure
-
-    def alternating() -> float:
-        driver.clear()
-        ids = [driver.submit(CONTEXT, 2 * STEPS + 8, full) for _ in range(BATCH)]
-        driver.catch_up()
-        times: tuple[list[float], list[float]] = ([], [])
-        for number in range(2 * STEPS + 2):
-            for request_id in ids:
-                driver.policy.places[request_id] = full if number % 2 else half
-            times[number % 2].append(driver.step()[0])
-        return (median(times[0][1:]) + median(times[1][1:])) / 2
-
-    runs = [
-        alternating,
-        constant(half, BATCH),
-        constant(full, BATCH),
-        constant(half, 2 * BATCH),
-        constant(full, 2 * BATCH),
-    ]
-    measured, half_b, full_b, half_2b, full_2b = alternate(runs, ROUNDS)
-    predicted = [(h + h + f2 - h2) / 2 for h, f, h2, f2 in zip(half_b, full_b, half_2b, full_2b, strict=True)]
-    ratio = paired_ratio(measured, predicted)
-    print(
-        f"(iii) alternating {1e3 * median(measured):.1f} ms a step, predicted {1e3 * median(predicted):.1f}: {ratio:.3f} "
-        f"(half {1e3 * median(half_b):.1f}, full {1e3 * median(full_b):.1f})"
+    half_b, half_2b, full_2b = (
+        driver.group([place] * count, MAX_TOKENS)
+        for place, count in ((half, BATCH), (half, 2 * BATCH), (full, 2 * BATCH))
     )
-    return ratio
+    moving = [driver.submit(CONTEXT, MAX_TOKENS, full) for _ in range(BATCH)]
+    driver.catch_up()
+
+    def move(place: int) -> Callable[[], float]:
+        def seconds() -> float:
+            driver.policy.places.update(dict.fromkeys(moving, place))
+            return driver.step(moving)
+
+        return seconds
+
+    # not in reverse order every other round: half and full must take turns
+    times: list[list[float]] = [[] for _ in range(5)]
+    runs: list[Callable[[], float]] = [
+        move(half),
+        lambda: driver.step(half_b),
+        move(full),
+        lambda: driver.step(half_2b),
+        lambda: driver.step(full_2b),
+    ]
+    for _ in range(ROUNDS):
+        for figures, seconds in zip(times, runs, strict=True):
+            figures.append(seconds())
+    driver.clear()
+    down, half_seconds, up, half_2, full_2 = (median(figures[1:]) for figures in times)
+    measured, predicted = (down + up) / 2, (2 * half_seconds + full_2 - half_2) / 2
+    print(
+        f"(iii) alternating {1e3 * measured:.1f} ms a step (half {1e3 * down:.1f}, full with refill {1e3 * up:.1f}), "
+        f"predicted {1e3 * predicted:.1f}: {measured / predicted:.3f}"
+    )
+    return measured / predicted
 
 
 def _refill(driver: Driver, layers: int, num_tokens: int = 256) -> float:
@@ -161,21 +120,30 @@ def _refill(driver: Driver, layers: int, num_tokens: int = 256) -> float:
     full, half = driver.place(f"d{layers}"), driver.place(f"d{layers // 2}")
 
     def refill() -> float:
-        driver.clear()
         request_id = driver.submit(num_tokens, 8, half)
         driver.catch_up()
         driver.policy.places[request_id] = full
-        return driver.step()[0]
+        seconds = driver.step()
+        driver.clear()
+        return seconds
 
     def prefill() -> float:
-        driver.clear()
         driver.submit(num_tokens + 1, 8, full, pinned=True)
-        return driver.step()[0]
+        seconds = driver.step()
+        driver.clear()
+        return seconds
 
-    refills, prefills = alternate([refill, prefill], ROUNDS)
-    driver.clear()
+    refills, prefills = alternate([refill, prefill], 15)
     ratio = paired_ratio(refills, prefills)
     print(
         f"(iv)  refill of 256 tokens {1e3 * median(refills):.0f} ms, prefill {1e3 * median(prefills):.0f}: {ratio:.3f}"
     )
+    return ratio
+
+
+def _told(driver: Driver, name: str, a: list[float], other: str, b: list[float]) -> float:
+    """Print two series and return the median ratio of their pairs."""
+    driver.clear()
+    ratio = median(b) / median(a)
+    print(f"{name} {1e3 * median(a):.1f} ms, {other} {1e3 * median(b):.1f}: {ratio:.3f}")
     return ratio

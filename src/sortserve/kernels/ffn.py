@@ -98,8 +98,8 @@ class StaircaseFfn:
         blocks = rows.blocks
         if not blocks:
             return residual
-        if len(blocks) == 1 and blocks[0].first == rows.num_rows:
-            return self._down[0].add_to(residual, self._activate(0, x, blocks[0].mask))
+        if all(block.first == rows.num_rows for block in blocks):
+            return self._add_uniform(residual, x, blocks)
         total: Tensor | None = None  # float32 [rows, hidden]
         for number, block in enumerate(blocks):
             if block.index is not None:
@@ -116,6 +116,19 @@ class StaircaseFfn:
                 total[: block.first] += part
         assert total is not None
         return total.add_(residual).to(residual.dtype)
+
+    def _add_uniform(self, residual: Tensor, x: Tensor, blocks: Sequence[BlockRows]) -> Tensor:
+        """`add_to` where every row runs every block: the sum rides on the products, float32 inside each and rounded
+        between them. An extra block costs 57 us instead of 166 at one row, and the logits of the 0.5B model in four
+        blocks are as near to float32 as with a float32 sum (0.0066 against 0.0060 in one block; adding block by block to
+        the residual itself would be 0.0076)."""
+        first, *others = (self._activate(number, x, block.mask) for number, block in enumerate(blocks))
+        if not others:
+            return self._down[0].add_to(residual, first)
+        out = self._down[0](first)
+        for number, activated in enumerate(others, start=1):
+            out = self._down[number].add_to(out, activated)
+        return out.add_(residual)
 
     def _activate(self, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         """silu(gate x) * up x in one block, [rows, block width]; the activation and the product ride on the two
