@@ -202,7 +202,7 @@ class Harness:
         request = self.scheduler.requests.get(request_id)
         if request is not None and request.running:
             self._note_preemption(request)
-            self.scheduler._reclaimer._preempt(request)
+            self.scheduler._planner.reclaimer._preempt(request)
 
     def _deepening(self, request: Request) -> bool:
         exit = self._last_exit.get(request.id, 0)

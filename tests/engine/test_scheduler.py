@@ -672,7 +672,7 @@ def test_prompt_logprobs_across_chunks_preemption_and_switches(
         if name not in drive.scheduler.requests:
             break
         if rng.random() < 0.2 and drive.request(name).running:
-            drive.scheduler._reclaimer._preempt(drive.request(name))
+            drive.scheduler._planner.reclaimer._preempt(drive.request(name))
         policy.wanted[name] = rng.randrange(FULL + 1)
         drive.step()
     drive.run()
