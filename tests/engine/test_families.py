@@ -203,7 +203,7 @@ def test_the_default_ladder_leaves_the_full_model_as_it_is(tmp_path: Path) -> No
     full = theirs_logits(model, prompt)
     assert error(last_logits(sorted_engine, prompt), full) < 1e-5
     layers = list(model.model.layers)
-    orders = [importance_order(x.mlp.gate_proj.weight, x.mlp.up_proj.weight, x.mlp.down_proj.weight) for x in layers]
+    orders = [importance_order(layer.mlp.down_proj.weight) for layer in layers]
     got = last_logits(sorted_engine, prompt, sorted_engine.info.ladder.entries[0].id)
     best = theirs_logits(keep_neurons(model, [order[:48] for order in orders]), prompt)
     first = theirs_logits(keep_neurons(model, [torch.arange(48)] * 6), prompt)
@@ -218,11 +218,9 @@ def test_the_default_ladder_leaves_the_full_model_as_it_is(tmp_path: Path) -> No
 
 
 def test_importance_by_hand() -> None:
-    """Products 1 x 1 x 3, 2 x 2 x 2, 0 x 9 x 9 and 1 x 3 x 1: the largest first, of equal ones the first."""
-    gate = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0], [1.0, 0.0]])
-    up = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 9.0], [0.0, 3.0]])
-    down = torch.tensor([[3.0, 2.0, 9.0, 1.0]])
-    assert importance_order(gate, up, down).tolist() == [1, 0, 3, 2]
+    """Column norms 5, 2, 5 and 9: the largest first, of equal ones the first."""
+    down = torch.tensor([[3.0, 2.0, 0.0, 9.0], [4.0, 0.0, 5.0, 0.0]])
+    assert importance_order(down).tolist() == [3, 0, 2, 1]
 
 
 def test_every_tensor_is_read_from_its_own_shard(tmp_path: Path) -> None:

