@@ -108,6 +108,10 @@ def test_names_that_the_file_leaves_out(tmp_path: Path) -> None:
             ["entries[1]", "1.5", "[0, 1]"],
         ),
         (file_of(entries=[{"depth": 2, "width": 4, "quality": {"value": -0.1}}]), ["entries[0]", "-0.1", "[0, 1]"]),
+        (
+            file_of(entries=[{"depth": 2, "width": 4, "quality": {"value": 0.5, "low": 0.6}}]),
+            ["entries[0]", "[0.6, 0.5]", "0.5"],
+        ),
         (file_of(entries=[{"depth": 3, "width": [4, 4]}]), ["entries[0]", "2 layers", "depth is 3"]),
         (file_of(entries=[{"depth": 3, "width": 65}]), ["entries[0]", "width is 65", "64"]),
         (file_of(entries=[{"depth": 7, "width": 4}]), ["entries[0]", "depth is 7", "6"]),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors
 
 from sortserve.engine.errors import ModelFolderError, RequestError
-from sortserve.engine.text import TextStream, Tokenizer
+from sortserve.engine.text import Tokenizer
+from sortserve.engine.text_stream import TextStream
 from tests.server.fake_backend import BOS, EOS, byte_alphabet, byte_tokenizer
 
 BYTES = byte_tokenizer(merged=["END", "ünï", "x y"])

@@ -233,8 +233,14 @@ def _entry(entry: _FileEntry, shape: ModelShape, number: int) -> Entry:
         raise ValueError(f"depth is {entry.depth}, must be in [1, {shape.num_layers}]: the model's layers")
     if not isinstance(entry.width, int) and len(entry.width) < entry.depth:
         raise ValueError(f"width lists {len(entry.width)} layers, depth is {entry.depth}")
-    if entry.quality is not None and not 0.0 <= entry.quality.value <= 1.0:
-        raise ValueError(f"quality is {entry.quality.value}, must be in [0, 1]")
+    if entry.quality is not None:
+        value = entry.quality.value
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"quality is {value}, must be in [0, 1]")
+        low = value if entry.quality.low is None else entry.quality.low
+        high = value if entry.quality.high is None else entry.quality.high
+        if not 0.0 <= low <= value <= high <= 1.0:
+            raise ValueError(f"quality interval is [{low}, {high}], must hold {value} and lie in [0, 1]")
     submodel = SubModel.make(entry.depth, entry.width, entry.skip_attention, entry.skip_ffn)
     submodel.check(shape)
     percent = round(100 * max(submodel.widths) / shape.ffn_width)

@@ -11,7 +11,8 @@ from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
 from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest, KVMode, RequestSummary, TokenEvent
 from sortserve.engine.sampling import SamplingParams
-from sortserve.engine.text import TextStream, Tokenizer
+from sortserve.engine.text import Tokenizer
+from sortserve.engine.text_stream import TextStream
 
 _CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
 

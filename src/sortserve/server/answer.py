@@ -17,7 +17,8 @@ from sortserve.engine.protocol import (
     TokenEvent,
     TokenLogprob,
 )
-from sortserve.engine.text import TextStream, Tokenizer
+from sortserve.engine.text import Tokenizer
+from sortserve.engine.text_stream import TextStream
 from sortserve.server.prepare import Job
 
 _CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
