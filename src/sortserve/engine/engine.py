@@ -19,7 +19,7 @@ from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SampleSpec, SequencePlan
-from sortserve.engine.policy import make_policy
+from sortserve.engine.policy import Policy, make_policy
 from sortserve.engine.predictor import StepTimes
 from sortserve.engine.protocol import EngineInfo, Event, Prediction
 from sortserve.engine.runner import Runner
@@ -189,7 +189,7 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
     return resolved, getattr(torch, name)
 
 
-def _policy(config: EngineConfig, ladder: Ladder):  # type: ignore[no-untyped-def]
+def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
     try:
         if config.fixed_submodel is not None:
             return make_policy("fixed", ladder, ladder.place(config.fixed_submodel))
