@@ -3,7 +3,7 @@ equal those of an independent model that runs each token with its recorded width
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,8 @@ from sortserve.engine.sequence_kv import SequenceKV
 from sortserve.kernels import ffn as ffn_module
 from sortserve.kernels.ffn import BlockRows, FfnRows
 from tests.engine.asif import Harness, random_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MUST_HAPPEN = (
     "partial refill",
@@ -40,15 +42,6 @@ MUST_HAPPEN = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("asif") / "model"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def new_harness(folder: Path, rng: random.Random) -> Harness:

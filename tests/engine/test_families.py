@@ -3,7 +3,7 @@
 import copy
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from sortserve.engine.submodel import SubModel
 from sortserve.engine.weights import importance_order
 from tests.engine.drive import ask, greedy, last_logits, load_engine, run
 from tests.engine.tiny_models import FAMILIES, ROPE_VARIANTS, make_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # around the block size of 16 and the step size of 24, so that prompts are chunked and share steps
 PROMPT_LENGTHS = (1, 5, 16, 17, 40, 90)
@@ -43,15 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "qwen2-rope-yarn": ("qwen2", {"rope_parameters": dict(ROPE_VARIANTS["yarn"])}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices: a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prompts(seed: int, vocab: int = 101) -> list[list[int]]:

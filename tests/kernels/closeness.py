@@ -6,7 +6,6 @@ and measured by the norm; the factor 4 on the sum is for orders of summation tha
 """
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -46,11 +45,3 @@ class Seeded:
 
     def permutation(self, count: int) -> list[int]:
         return torch.randperm(count, generator=self._generator).tolist()
-
-
-def one_thread() -> Iterator[None]:
-    """Body of an autouse fixture: tiny matrices gain nothing from a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

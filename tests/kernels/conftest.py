@@ -2,6 +2,7 @@
 
 import pytest
 
-from tests.kernels.closeness import one_thread
 
-_one_thread = pytest.fixture(autouse=True)(one_thread)
+@pytest.fixture(autouse=True)
+def _on_one_thread(one_thread: None) -> None:
+    """`one_thread`, without asking."""

@@ -177,8 +177,7 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
     if config.device.startswith("cuda"):
         raise StartupError("device cuda is not supported yet by this version; use --device cpu", param="device")
     shape = model.shape
-    attention = shape.hidden_size * 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    is_small = attention + 3 * shape.hidden_size * shape.ffn_width < SMALL_LAYER
+    is_small = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width < SMALL_LAYER
     num_threads = config.num_threads or (1 if is_small else torch.get_num_threads())
     torch.set_num_threads(num_threads)
     name = config.dtype

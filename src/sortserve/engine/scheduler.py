@@ -121,9 +121,8 @@ class Scheduler:
         for position, (request, choice) in enumerate(zip(requests, choices, strict=True)):
             if choice.place is None or cost_left <= 0 or (not request.running and num_running >= self._max_running):
                 continue
-            others = [other for other in requests[position + 1 :] if other.id not in planned]
             was_running = request.running
-            made = self._plan_request(request, choice, cost_left, others)
+            made = self._plan_request(request, choice, cost_left, requests[position + 1 :])
             if made.part is None or not was_running:
                 num_running = sum(other.running for other in requests)
             if made.part is not None:

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN packs this weight here."""
@@ -26,10 +24,9 @@ def can_pack(weight: Tensor) -> bool:
 class Linear:
     """One weight matrix [out_features, in_features], packed where that helps."""
 
-    __slots__ = ("bias", "nbytes", "out_features", "packed", "weight")
+    __slots__ = ("bias", "nbytes", "packed", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
-        self.out_features = weight.shape[0]
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
         self.bias = bias
         self.packed = pack and can_pack(weight)
