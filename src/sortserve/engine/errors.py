@@ -128,3 +128,14 @@ class EngineFailedError(UnavailableError):
     """The engine died while the request was in it."""
 
     code = "engine_failed"
+
+
+def error_named(name: str) -> type[SortServeError]:
+    """The class of that name; SortServeError itself for a name that is none, which is a bug of ours."""
+    pending: list[type[SortServeError]] = [SortServeError]
+    while pending:
+        kind = pending.pop()
+        if kind.__name__ == name:
+            return kind
+        pending.extend(kind.__subclasses__())
+    return SortServeError

@@ -1,12 +1,13 @@
 """What crosses the engine's boundary: requests in, events out, and the protocol every back end speaks.
 
-Plain frozen data, so that the engine may be a thread today and another process tomorrow. Times are seconds on
-`time.monotonic()`, which all processes of a machine share.
+Plain frozen data, which `messages.py` carries from one process to the other. Times are seconds on `time.monotonic()`,
+which all processes of a machine share.
 """
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import msgspec
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.ladder import Ladder
@@ -16,8 +17,11 @@ KVMode = Literal["exact", "reuse"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
-@dataclass(frozen=True, slots=True)
-class GenerateRequest:
+class Data(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of what crosses: in MessagePack an array that begins with the class's name, so that unions can be read."""
+
+
+class GenerateRequest(Data, frozen=True):
     """One sequence to generate. `submodel` is `auto` or an id of the ladder (then it is floor and ceiling)."""
 
     request_id: str
@@ -31,8 +35,7 @@ class GenerateRequest:
     kv_mode: KVMode | None = None  # None: reuse for `auto` with a budget, else exact
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(Data, frozen=True):
     """Log-probability of one token and of the most probable alternatives, best first."""
 
     token: int
@@ -40,26 +43,25 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedEvent:
-    """First event of a request: the sub-model it starts with and what it is predicted to take."""
+class AcceptedEvent(Data, frozen=True):
+    """First event of a request, when its first row is planned: what it starts with and is predicted to take."""
 
     request_id: str
     submodel: str
     predicted_seconds: float | None  # end to end; None without a budget
     predicted_met: bool
+    queue_seconds: float = 0.0  # from arrival until now
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
 
-@dataclass(frozen=True, slots=True)
-class PromptLogprobsEvent:
+class PromptLogprobsEvent(Data, frozen=True):
     """Log-probabilities of the prompt's tokens; the first one has none."""
 
     request_id: str
     logprobs: tuple[TokenLogprob | None, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(Data, frozen=True):
     """One output token, the id of the sub-model that made it, and when."""
 
     request_id: str
@@ -67,13 +69,13 @@ class TokenEvent:
     submodel: str
     time: float
     logprob: TokenLogprob | None = None
+    refilled_tokens: int = 0  # of the request until now
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSummary:
+class RequestSummary(Data, frozen=True):
     """What is told at the end of a request. Times in seconds from arrival; None where it did not happen."""
 
-    submodels: dict[str, int] = field(default_factory=dict)  # output tokens by sub-model id
+    submodels: dict[str, int] = {}  # output tokens by sub-model id
     switches: int = 0
     refilled_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
@@ -86,8 +88,7 @@ class RequestSummary:
     cut: bool = False  # stopped in time by the `cut` policy
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedEvent:
+class FinishedEvent(Data, frozen=True):
     """Terminal: the request ended by itself (`stop`, `length`) or was aborted (`abort`)."""
 
     request_id: str
@@ -95,8 +96,7 @@ class FinishedEvent:
     summary: RequestSummary
 
 
-@dataclass(frozen=True, slots=True)
-class FailedEvent:
+class FailedEvent(Data, frozen=True):
     """Terminal: the request was refused or the engine failed; the fields are those of an error of `errors.py`."""
 
     request_id: str
@@ -109,8 +109,7 @@ class FailedEvent:
 Event = AcceptedEvent | PromptLogprobsEvent | TokenEvent | FinishedEvent | FailedEvent
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(Data, frozen=True):
     """A snapshot for metrics and the console. Counters run from the engine's start."""
 
     running: int = 0
@@ -125,22 +124,20 @@ class EngineStats:
     prefix_hits: int = 0  # prompt tokens found
     prefix_refused_width: int = 0  # blocks whose tokens were cached, but under other widths
     prompt_tokens: int = 0
-    generated_tokens: dict[str, int] = field(default_factory=dict)  # by sub-model id
-    selected: dict[tuple[str, str], int] = field(default_factory=dict)  # by (sub-model id, reason)
-    switches: dict[str, int] = field(default_factory=dict)  # by direction: up, down
-    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    generated_tokens: dict[str, int] = {}  # by sub-model id
+    selected: dict[tuple[str, str], int] = {}  # by (sub-model id, reason)
+    switches: dict[str, int] = {}  # by direction: up, down
+    dropped: dict[str, int] = {}  # by reason
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(Data, frozen=True):
     """What a sub-model would take for one more request now, in seconds."""
 
     ttft_seconds: float
     tpot_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
+class EngineInfo(Data, frozen=True):
     """What a back end serves; fixed after start."""
 
     model: str
@@ -165,6 +162,16 @@ class Backend(Protocol):
     @property
     def alive(self) -> bool:
         """False once the engine has died and is not coming back."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken now: False while the engine is loaded, for the first time or again."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How many times the engine was started again."""
         ...
 
     async def start(self) -> None:

@@ -216,7 +216,16 @@ class Scheduler:
             last_at = first_at + step * (expected - 1)
             predicted = last_at - request.asked.arrival
             met = request.asked.budget.met(request.asked.arrival, first_at, last_at, expected)
-        self._pending.append(AcceptedEvent(request.id, self.ladder.entries[request.submodel].id, predicted, met))
+        self._pending.append(
+            AcceptedEvent(
+                request.id,
+                self.ladder.entries[request.submodel].id,
+                predicted,
+                met,
+                now - request.asked.arrival,
+                request.cached_tokens,
+            )
+        )
 
     def _cut_overdue(self, now: float) -> None:
         """Budget policy `cut`: stop where one more step, of the shape that runs now, would come too late."""
@@ -278,7 +287,7 @@ class Scheduler:
         request.last_token = now
         submodel = self.ladder.entries[part.submodel].id
         self._tally.generated[submodel] += 1
-        events.append(TokenEvent(request.id, gave.token, submodel, now, gave.logprob))
+        events.append(TokenEvent(request.id, gave.token, submodel, now, gave.logprob, request.refilled_tokens))
         stopped = (gave.token in self._eos and not sampling.ignore_eos) or gave.token in sampling.stop_token_ids
         if stopped or request.tokens_left == 0:
             self._lengths.observe(request.num_output)

@@ -177,6 +177,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--backend", default="native", choices=("native",), help="default: native")
     add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")
     add("--shutdown-timeout", type=_seconds, default=55.0, help="seconds to finish in on SIGTERM; default: 55")
+    add(
+        "--engine-timeout",
+        type=_seconds,
+        default=60.0,
+        help="seconds without the end of a step after which the engine is replaced; default: 60",
+    )
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
 
 

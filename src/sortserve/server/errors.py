@@ -3,7 +3,6 @@
 Status, type and code come from the class (engine/errors.py); what only the transport knows is here.
 """
 
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from sortserve.engine.errors import (
     OverloadedError,
     SortServeError,
     UnavailableError,
+    error_named,
 )
 from sortserve.engine.protocol import FailedEvent
 
@@ -68,7 +68,7 @@ def internal_error_response() -> Response:
 
 def error_of_event(event: FailedEvent) -> SortServeError:
     """The error that a back end named; an unknown name is our own bug and becomes a 500."""
-    kind = _error_classes().get(event.error, SortServeError)
+    kind = error_named(event.error)
     error = kind(event.message, param=event.param)
     if isinstance(error, UnavailableError) and event.retry_after is not None:
         error.retry_after = event.retry_after
@@ -80,17 +80,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(SortServeError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
-
-
-@functools.cache
-def _error_classes() -> Mapping[str, type[SortServeError]]:
-    classes: dict[str, type[SortServeError]] = {}
-    pending = [SortServeError]
-    while pending:
-        kind = pending.pop()
-        classes[kind.__name__] = kind
-        pending.extend(kind.__subclasses__())
-    return classes
 
 
 def _response(status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> Response:

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import socket
 import sys
 import time
@@ -14,6 +13,7 @@ import uvicorn
 
 from sortserve.engine.config import EngineConfig, load_model_config
 from sortserve.engine.errors import StartupError
+from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
 from sortserve.server.app import create_app
 from sortserve.server.state import ServerOptions, ServerState
@@ -32,16 +32,14 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     load_model_config(folder)  # a wrong folder is refused here, before anything listens
     tokenizer = Tokenizer.load(folder)
     listener = _listen(args.host, args.port)
-
-    from sortserve.engine.native import NativeBackend  # torch: seconds that a wrong setting above need not wait for
-
     options = ServerOptions(
         api_keys=tuple(args.api_key),
         default_latency_budget_ms=args.default_latency_budget_ms,
         shutdown_timeout=args.shutdown_timeout,
         allow_origins=tuple(args.allow_origin),
     )
-    app = create_app(NativeBackend(config, LoadingLog()), tokenizer, options, lambda: server.stop())
+    backend = ProcessBackend(config, LoadingLog(), hang_seconds=args.engine_timeout)
+    app = create_app(backend, tokenizer, options, lambda: server.stop())
     state: ServerState = app.state.server
     server = DrainingServer(app, state)
     _LOG.info("listening on http://%s:%d, loading %s", args.host, listener.getsockname()[1], folder)
@@ -124,11 +122,6 @@ class DrainingServer(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
-        if self._state.phase == "loading":
-            # nothing is served yet, and a thread deep in reading weights cannot be told to stop
-            _LOG.info("stopped while loading")
-            logging.shutdown()
-            os._exit(0)
         if self._draining is None:
             _LOG.info("draining: running requests have %.0f s", self._state.options.shutdown_timeout)
             self._draining = asyncio.get_running_loop().create_task(self._drain())

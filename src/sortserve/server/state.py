@@ -47,6 +47,8 @@ class ServerState:
         """Start the back end; a failure is kept for whoever runs the server, and told to it."""
         try:
             await self.backend.start()
+        except DrainingError:
+            return
         except StartupError as error:
             self.failure = error
         except Exception as error:
@@ -63,7 +65,7 @@ class ServerState:
 
     async def drain(self) -> None:
         """Accept nothing more; return when what runs has finished or had its time. Does nothing the second time."""
-        started, self.phase = self.phase == "ready", "draining"
+        started, self.phase = self.phase in ("loading", "ready"), "draining"
         if started and not self._drained:
             self._drained = True
             try:
@@ -86,7 +88,9 @@ class ServerState:
         if self.phase == "draining":
             raise DrainingError("the server is shutting down and takes no new requests; ask another replica")
         if not self.backend.alive:
-            raise EngineFailedError("the engine has died; the server must be restarted")
+            raise EngineFailedError("the engine has died and is not coming back; the server must be restarted")
+        if not self.backend.ready:
+            raise EngineFailedError("the engine is being restarted; try again in a moment")
 
     def model_and_pin(self, name: str | None) -> str | None:
         """The sub-model that a `model` field names (`<model>:<id>`), None for the model itself.
