@@ -51,6 +51,9 @@ TORCH_FREE = (
     "policy",
     "predictor",
     "protocol",
+    "messages",
+    "connection",
+    "supervisor",
 )
 
 

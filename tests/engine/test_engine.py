@@ -1,14 +1,11 @@
-"""The loaded engine: what it refuses at start, seeds, stops, the native back end's life and death, and the LLM class."""
+"""The loaded engine: what it refuses at start, seeds, stops, and the LLM class."""
 
-import asyncio
 import random
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import tokenizers
@@ -19,29 +16,22 @@ from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
 from sortserve.engine.errors import (
-    EngineFailedError,
     MemoryBudgetError,
     NotFoundError,
     RequestError,
     StartupError,
 )
 from sortserve.engine.llm import LLM, _Answer
-from sortserve.engine.native import NativeBackend
-from sortserve.engine.plan import Plan, StepResult
 from sortserve.engine.predictor import StepTimes
 from sortserve.engine.protocol import (
-    AcceptedEvent,
-    Event,
-    FailedEvent,
     FinishedEvent,
-    GenerateRequest,
     RequestSummary,
     TokenEvent,
 )
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import Tokenizer
 from sortserve.server.cli import BUNDLED
-from tests.engine.drive import Outcome, ask, greedy, load_engine, run, take
+from tests.engine.drive import ask, greedy, load_engine, run
 from tests.engine.tiny_models import make_tiny
 
 PAGE_BYTES = 2 * 6 * 16 * 2 * 8 * 4  # K and V, layers, tokens, key/value heads, head_dim, float32
@@ -227,228 +217,6 @@ def test_the_prediction_of_an_idle_engine() -> None:
     assert outcome.accepted.predicted_seconds is not None
     waited = time.monotonic() - request.arrival  # the prediction counts from arrival
     assert 0.256 - 1e-6 <= outcome.accepted.predicted_seconds <= 0.256 + waited
-
-
-# ---- the native back end
-
-
-@asynccontextmanager
-async def started(folder: Path, **settings: Any) -> AsyncIterator[NativeBackend]:
-    given: dict[str, Any] = {"dtype": "float32", "kv_bytes": 8 << 20, "max_model_len": 160, "warmup": False}
-    backend = NativeBackend(EngineConfig(folder, **given | settings))
-    await backend.start()
-    try:
-        yield backend
-    finally:
-        await backend.drain(5.0)
-        if backend.alive:
-            assert backend._engine is not None
-            backend._engine.scheduler.check_integrity()
-            assert backend._engine.scheduler.stats().kv_pages_used == 0
-
-
-def stream(backend: NativeBackend, request: GenerateRequest) -> AsyncGenerator[Event, None]:
-    return cast("AsyncGenerator[Event, None]", backend.generate(request))
-
-
-async def heard(backend: NativeBackend, request: GenerateRequest) -> tuple[Outcome, FailedEvent | None]:
-    """Everything a request hears; FailedEvent if that is how it ended."""
-    outcome, failed = Outcome(), None
-    async for event in backend.generate(request):
-        assert failed is None, "an event came after the terminal one"
-        if isinstance(event, FailedEvent):
-            failed = event
-        else:
-            take(outcome, event)
-    return outcome, failed
-
-
-async def test_native_streams_what_the_engine_makes(folder: Path) -> None:
-    request = ask("one", tokens(1, 20), greedy(15))
-    expected = run(load_engine(folder), [request])[0].tokens
-    async with started(folder) as backend:
-        kinds: list[type[Event]] = []
-        got = []
-        async for event in backend.generate(request):
-            kinds.append(type(event))
-            if isinstance(event, TokenEvent):
-                got.append(event.token)
-        assert kinds == [AcceptedEvent, *[TokenEvent] * 15, FinishedEvent]
-        assert got == expected
-        assert (await backend.stats()).generated_tokens == {"d6": 15}
-        assert await backend.predict(10) == {}, "no warm-up, no predictions"
-
-
-async def test_native_refuses_with_an_event(folder: Path) -> None:
-    async with started(folder) as backend:
-        _, failed = await heard(backend, ask("long", tokens(1, 150), greedy(11)))
-        assert failed is not None
-        assert (failed.error, failed.param) == ("ContextLengthError", "max_tokens")
-        assert "161" in failed.message
-        _, failed = await heard(backend, ask("unknown", tokens(1, 5), greedy(1), submodel="d9"))
-        assert failed is not None
-        assert failed.error == "NotFoundError"
-        outcome, failed = await heard(backend, ask("fine", tokens(1, 5), greedy(3)))
-        assert failed is None
-        assert len(outcome.tokens) == 3
-
-
-async def test_native_leaving_early_frees_the_pages(folder: Path) -> None:
-    """Within one step: the next answer to a question is after it."""
-    async with started(folder, prefix_cache=False) as backend:
-        async with aclosing(stream(backend, ask("left", tokens(1, 40), greedy(100)))) as events:
-            async for event in events:
-                if isinstance(event, TokenEvent):
-                    break
-            assert (await backend.stats()).kv_pages_used > 0
-        steps = (await backend.stats()).steps
-        stats = await backend.stats()
-        assert (stats.running, stats.waiting, stats.kv_pages_used) == (0, 0, 0)
-        assert stats.steps == steps < 100
-
-        task = asyncio.create_task(heard(backend, ask("cancelled", tokens(1, 40), greedy(100))))
-        while not (await backend.stats()).running:
-            await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert (await backend.stats()).kv_pages_used == 0
-
-
-async def test_native_thirty_at_once(folder: Path) -> None:
-    """More than fit in memory or in a step, every third one leaving early; every other one gets its own answer."""
-    rng = random.Random(7)
-    requests = [ask(str(n), tokens(n, rng.randrange(1, 60)), drawn(n, rng.randrange(5, 40))) for n in range(30)]
-    reference = load_engine(folder, prefix_cache=False)
-    expected = [run(reference, [request])[0].tokens for request in requests]
-
-    async def leave(backend: NativeBackend, request: GenerateRequest) -> None:
-        async with aclosing(stream(backend, request)) as events:
-            count = 0
-            async for _ in events:
-                count += 1
-                if count == 3:
-                    return
-
-    async with started(
-        folder, kv_bytes=30 * PAGE_BYTES, max_step_tokens=40, max_running=7, max_model_len=100
-    ) as backend:
-        work = [leave(backend, r) if n % 3 == 2 else heard(backend, r) for n, r in enumerate(requests)]
-        ends = await asyncio.wait_for(asyncio.gather(*work), 60)
-        for number, end in enumerate(ends):
-            if end is not None:
-                outcome, failed = end
-                assert failed is None
-                assert outcome.tokens == expected[number]
-        stats = await backend.stats()
-        assert (stats.running, stats.waiting, stats.kv_pages_used) == (0, 0, 0)
-        assert backend._engine is not None
-        await asyncio.wait_for(backend._ask(lambda engine: engine.scheduler.check_integrity()), 5)
-
-
-async def test_native_drain(folder: Path) -> None:
-    """What runs is finished, what comes is refused, what takes too long is aborted; and then the thread is gone."""
-    async with started(folder) as backend:
-        short = asyncio.create_task(heard(backend, ask("short", tokens(1, 20), greedy(30))))
-        while not (await backend.stats()).running:
-            await asyncio.sleep(0)
-        drained = asyncio.create_task(backend.drain(30.0))
-        await asyncio.sleep(0)
-        _, refused = await heard(backend, ask("late", tokens(1, 5), greedy(1)))
-        assert refused is not None
-        assert refused.error == "DrainingError"
-        outcome, failed = await short
-        assert failed is None
-        assert len(outcome.tokens) == 30
-        await drained
-        assert backend._thread is not None
-        assert not backend._thread.is_alive()
-        with pytest.raises(EngineFailedError):  # and not a question that nobody answers
-            await asyncio.wait_for(backend.stats(), 5)
-
-
-async def test_native_drain_aborts_after_its_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with started(folder) as backend:
-        slow_down(backend, monkeypatch)
-        task = asyncio.create_task(heard(backend, ask("slow", tokens(1, 20), greedy(130))))
-        while not (await backend.stats()).running:
-            await asyncio.sleep(0)
-        await backend.drain(0.1)
-        outcome, failed = await asyncio.wait_for(task, 5)
-        assert failed is None
-        assert outcome.finished is not None
-        assert outcome.finished.reason == "abort"
-        assert len(outcome.tokens) < 130
-
-
-def slow_down(backend: NativeBackend, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
-    assert backend._engine is not None
-    runner, real = backend._engine.runner, backend._engine.runner.run
-
-    def slow(plan: Plan) -> StepResult:
-        time.sleep(seconds)
-        return real(plan)
-
-    monkeypatch.setattr(runner, "run", slow)
-
-
-async def test_native_a_crash_reaches_everyone_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams that run, one that waits, one that comes later, and a question under way: each hears it, none hangs."""
-    async with started(folder, max_running=3) as backend:
-        assert backend._engine is not None
-        runner, real = backend._engine.runner, backend._engine.runner.run
-        broken, inside, asked = threading.Event(), threading.Event(), threading.Event()
-
-        def run_or_break(plan: Plan) -> StepResult:
-            if broken.is_set():
-                inside.set()
-                asked.wait(5)
-                raise RuntimeError("planted")
-            return real(plan)
-
-        monkeypatch.setattr(runner, "run", run_or_break)
-        requests = [ask(str(n), tokens(n, 10), greedy(140)) for n in range(5)]
-        tasks = [asyncio.create_task(heard(backend, request)) for request in requests]
-        while (await backend.stats()).running < 3:
-            await asyncio.sleep(0)
-        assert backend.alive
-        broken.set()
-        await asyncio.to_thread(inside.wait, 5)
-        questions = [asyncio.create_task(backend.stats()) for _ in range(3)]
-        await asyncio.sleep(0.01)  # they lie before the engine, which is in its last step
-        asked.set()
-        ends = await asyncio.wait_for(asyncio.gather(*tasks), 10)
-        assert not backend.alive
-        for outcome, failed in ends:
-            assert outcome.finished is None
-            assert failed is not None
-            assert failed.error == "EngineFailedError"
-            assert "RuntimeError" in failed.message
-            assert "planted" not in failed.message, "what is inside stays inside"
-        answers = await asyncio.wait_for(asyncio.gather(*questions, return_exceptions=True), 5)
-        assert [type(answer) for answer in answers] == [EngineFailedError] * 3
-        _, failed = await asyncio.wait_for(heard(backend, ask("later", tokens(1, 3), greedy(1))), 5)
-        assert failed is not None
-        assert failed.error == "EngineFailedError"
-        with pytest.raises(EngineFailedError):
-            await backend.predict(5)
-
-
-async def test_native_threads(folder: Path) -> None:
-    """The engine's thread runs with the engine's number: OpenMP keeps it per thread, and the one that loaded it is
-    another one."""
-    async with started(folder, num_threads=1) as backend:
-        torch.set_num_threads(2)
-
-        def share(_: Engine) -> float:
-            """CPU seconds per second of a product large enough for two threads."""
-            weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(1024, 1024))
-            x, cpu, began = torch.ones(512, 1024), time.process_time(), time.perf_counter()
-            for _repeat in range(40):
-                torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-            return (time.process_time() - cpu) / (time.perf_counter() - began)
-
-        assert await asyncio.wait_for(backend._ask(share), 30) < 1.4
 
 
 # ---- offline

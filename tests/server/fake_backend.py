@@ -90,6 +90,8 @@ class FakeBackend:
     load_error: BaseException | None = None
     may_load: asyncio.Event | None = None  # start() waits for it
     alive: bool = True
+    ready: bool = True
+    restarts: int = 0
     requests: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     running: int = 0
@@ -123,7 +125,7 @@ class FakeBackend:
     async def _events(self, request: GenerateRequest) -> AsyncIterator[Event]:
         first = self.submodels[0] if request.submodel == "auto" else request.submodel
         predicted = self.predicted if request.budget is not None else None
-        yield AcceptedEvent(request.request_id, first, predicted, self.predicted_met)
+        yield AcceptedEvent(request.request_id, first, predicted, self.predicted_met, 0.001, 2)
         wanted = request.sampling.prompt_logprobs
         if wanted is not None:
             yield PromptLogprobsEvent(
@@ -141,7 +143,7 @@ class FakeBackend:
                 return
             submodel = self.submodels[number % len(self.submodels)] if request.submodel == "auto" else request.submodel
             logprob = None if request.sampling.logprobs is None else logprob_of(token, request.sampling.logprobs)
-            yield TokenEvent(request.request_id, token, submodel, time.monotonic(), logprob)
+            yield TokenEvent(request.request_id, token, submodel, time.monotonic(), logprob, refilled_tokens=3)
         reason = "length" if limit <= len(self.answer) else "stop"
         summary = RequestSummary(refilled_tokens=3, cached_tokens=2, queue_seconds=0.001, kv_mode="reuse")
         yield FinishedEvent(request.request_id, "length" if reason == "length" else "stop", summary)

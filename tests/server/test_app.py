@@ -67,7 +67,7 @@ async def test_told(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     told = (await complete(client, max_tokens=6))["sortserve"]
     assert told["submodels"] == {"d4": 4, "d2": 2}
     assert told["switches"] == 3
-    assert (told["refilled_tokens"], told["kv"], told["met"], told["budget_ms"]) == (3, "reuse", None, None)
+    assert (told["refilled_tokens"], told["kv"], told["met"], told["budget_ms"]) == (3, "exact", None, None)
     assert told["elapsed_ms"] >= told["ttft_ms"] > 0
     assert told["tpot_ms"] >= 0
 
@@ -80,7 +80,7 @@ async def test_stop_string_across_tokens_aborts_and_is_told(client: httpx.AsyncC
     assert body["usage"]["completion_tokens"] == 7
     told = body["sortserve"]
     assert (told["submodels"], told["met"], told["kv"]) == ({"d4": 7}, True, "reuse")
-    assert told["refilled_tokens"] is None
+    assert told["refilled_tokens"] == 3
     assert backend.aborted == [backend.requests[0].request_id]
     assert backend.running == 0
 

@@ -150,7 +150,8 @@ from sortserve.engine.errors import StartupError
 from tests.server.fake_backend import FakeBackend
 from sortserve.server.cli import main
 backend = FakeBackend(answer=tuple(b"x" * 100), delay={delay}, load_error={error})
-sys.modules["sortserve.engine.native"] = types.SimpleNamespace(NativeBackend=lambda config, progress=None: backend)
+import sortserve.server.serve as server
+server.ProcessBackend = lambda config, progress, **settings: backend
 sys.exit(main(["serve", {folder!r}, "--port", {port!r}, "--shutdown-timeout", "10"]))
 """
 

@@ -16,7 +16,19 @@ import zmq.asyncio
 from sortserve.engine import messages
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.errors import EngineFailedError, StartupError, error_named
-from sortserve.engine.messages import Abort, Answer, Ask, Happened, Load, Loaded, Loading, NotLoaded, Stop, Stopped, Submit
+from sortserve.engine.messages import (
+    Abort,
+    Answer,
+    Ask,
+    Happened,
+    Load,
+    Loaded,
+    Loading,
+    NotLoaded,
+    Stop,
+    Stopped,
+    Submit,
+)
 from sortserve.engine.protocol import EngineInfo, Event, FailedEvent, FinishedEvent, GenerateRequest
 
 _LOG = logging.getLogger(__name__)
@@ -109,7 +121,8 @@ class EngineConnection:
         if self._over is not None:
             raise EngineFailedError(self._over)
         question = Ask(next(self._numbers), subject, prompt_tokens)
-        answer = self._questions[question.number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._questions[question.number] = answer
         self._tell(question)
         try:
             return await answer

@@ -113,9 +113,11 @@ def encode(message: Command | Report) -> bytes:
 
 def decode_command(content: bytes) -> Command:
     """A command from its bytes. Raises msgspec.MsgspecError if they are none."""
-    return _COMMANDS.decode(content)
+    command: Command = _COMMANDS.decode(content)
+    return command
 
 
 def decode_report(content: bytes) -> Report:
     """A report from its bytes. Raises msgspec.MsgspecError if they are none."""
-    return _REPORTS.decode(content)
+    report: Report = _REPORTS.decode(content)
+    return report

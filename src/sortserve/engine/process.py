@@ -21,7 +21,19 @@ import zmq
 from sortserve.engine import messages
 from sortserve.engine.engine import Engine
 from sortserve.engine.errors import SortServeError, StartupError, UnavailableError
-from sortserve.engine.messages import Abort, Answer, Ask, Happened, Load, Loaded, Loading, NotLoaded, Stop, Stopped, Submit
+from sortserve.engine.messages import (
+    Abort,
+    Answer,
+    Ask,
+    Happened,
+    Load,
+    Loaded,
+    Loading,
+    NotLoaded,
+    Stop,
+    Stopped,
+    Submit,
+)
 from sortserve.engine.protocol import Event, FailedEvent
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -9,8 +9,9 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 import zmq.asyncio
 
@@ -194,7 +195,17 @@ class ProcessBackend:
                 raise
             finally:
                 self._engine = None
-                await engine.kill(why)
+                await _to_the_end(engine.kill(why))
             young_deaths = young_deaths + 1 if time.monotonic() - began < _YOUNG_SECONDS else 0
             self._restarts += 1
             await asyncio.sleep(_PAUSES[min(young_deaths, len(_PAUSES)) - 1] if young_deaths else 0.0)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` even if cancelled meanwhile: a drain may come while a dead engine is cleared away."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

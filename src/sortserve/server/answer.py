@@ -1,7 +1,7 @@
 """What is known of the answers while their events come: text and log-probabilities that may leave, and what to tell.
 
-Tokens by sub-model, switches and times are counted from the tokens themselves, because an answer that ends at a stop
-string is aborted, and then the engine sends no summary.
+All but `cut` is known from the tokens themselves, because an answer that ends at a stop string is aborted, and then the
+engine sends no summary.
 """
 
 from collections import Counter, deque
@@ -11,6 +11,7 @@ from typing import Any
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.protocol import (
+    AcceptedEvent,
     FinishedEvent,
     PromptLogprobsEvent,
     RequestSummary,
@@ -56,11 +57,13 @@ class Answer:
         self._stream = TextStream(tokenizer, job.sampling.stop, self._prompt.tokens[-_CONTEXT_TOKENS:])
         self._pending: deque[Entry] = deque()  # their text has not left, and may still turn out to be a stop string
         self._echo_chars = 0
-        self._last_submodel: str | None = None
+        self.accepted: AcceptedEvent | None = None
+        self.submodel: str | None = None  # of the last token
         self.finish_reason: str | None = None
         self.summary: RequestSummary | None = None
         self.submodels: Counter[str] = Counter()
         self.switches = 0
+        self.refilled_tokens = 0
         self.first_time: float | None = None
         self.last_time: float | None = None
 
@@ -89,8 +92,9 @@ class Answer:
     def token(self, event: TokenEvent, now: float) -> Delta:
         """One more token, on its way to the client at `now`. Sets `finish_reason` if it completes a stop string."""
         self.submodels[event.submodel] += 1
-        self.switches += self._last_submodel not in (None, event.submodel)
-        self._last_submodel = event.submodel
+        self.switches += self.submodel not in (None, event.submodel)
+        self.submodel = event.submodel
+        self.refilled_tokens = event.refilled_tokens
         self.first_time = now if self.first_time is None else self.first_time
         self.last_time = now
         if self._job.tell_logprobs:
@@ -103,6 +107,7 @@ class Answer:
     def finish(self, event: FinishedEvent) -> Delta:
         """The end as the engine tells it: what was held back leaves."""
         self.summary = event.summary
+        self.refilled_tokens = event.summary.refilled_tokens
         self.finish_reason = event.reason
         text = self._stream.finish()
         entries = tuple(self._pending)
@@ -133,35 +138,33 @@ class Answer:
 def usage(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
     """The `usage` object as of now."""
     completion = sum(answer.num_tokens for answer in answers)
-    told: dict[str, Any] = {
+    cached = sum(answer.accepted.cached_tokens for answer in answers if answer.accepted is not None)
+    return {
         "prompt_tokens": job.num_prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": job.num_prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
-    summaries = [answer.summary for answer in answers if answer.summary is not None]
-    if len(summaries) == len(answers):
-        told["prompt_tokens_details"] = {"cached_tokens": sum(summary.cached_tokens for summary in summaries)}
-    return told
 
 
 def tell(job: Job, answers: Sequence[Answer], now: float) -> dict[str, Any]:
-    """The `sortserve` object. `refilled_tokens` is null where a stop string ended an answer: no count was sent."""
+    """The `sortserve` object."""
     submodels: Counter[str] = Counter()
     for answer in answers:
         submodels.update(answer.submodels)
-    summaries = [answer.summary for answer in answers]
+    summaries = [answer.summary for answer in answers if answer.summary is not None]
     budget = job.terms.budget
     return {
         "submodels": dict(submodels),
         "switches": sum(answer.switches for answer in answers),
-        "refilled_tokens": None if None in summaries else sum(s.refilled_tokens for s in summaries if s is not None),
+        "refilled_tokens": sum(answer.refilled_tokens for answer in answers),
         "budget_ms": None if budget is None else budget.total_ms,
         "elapsed_ms": round((now - job.arrival) * 1e3, 3),
         "ttft_ms": _milliseconds(first_token_seconds(job, answers)),
         "tpot_ms": _milliseconds(per_token_seconds(answers)),
         "met": all_met(job, answers, now),
-        "kv": next((s.kv_mode for s in summaries if s is not None), job.terms.effective_kv_mode),
-        "cut": any(s.cut for s in summaries if s is not None),
+        "kv": job.terms.effective_kv_mode,
+        "cut": any(summary.cut for summary in summaries),
     }
 
 

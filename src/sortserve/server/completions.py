@@ -36,7 +36,6 @@ class Generation:
     def __init__(self, state: ServerState, job: Job) -> None:
         self.job = job
         self.answers = [Answer(job, place, state.tokenizer) for place in range(len(job.prompts) * job.num_choices)]
-        self.accepted: list[AcceptedEvent] = []
         self.failed = False
         self._state = state
         self._format = format_of(job, state.tokenizer)
@@ -54,6 +53,11 @@ class Generation:
             raise
 
     @property
+    def accepted(self) -> list[AcceptedEvent]:
+        """What the answers that have begun were told."""
+        return [answer.accepted for answer in self.answers if answer.accepted is not None]
+
+    @property
     def submodel(self) -> str:
         """The sub-model chosen first."""
         return self.accepted[0].submodel if self.accepted else "none"
@@ -66,7 +70,8 @@ class Generation:
 
     async def _begin(self) -> EventStreams:
         self._streams = EventStreams(self._state.backend, self.job.requests())
-        self.accepted = await self._streams.accepted()
+        for place, accepted in await self._streams.begun():
+            self.answers[place].accepted = accepted
         return self._streams
 
     async def _close(self) -> None:
@@ -89,7 +94,7 @@ class Generation:
             )
             for place, answer in enumerate(self.answers)
         ]
-        body = self._envelope(self._format.whole_object, choices)
+        body = self._envelope(self._format.whole_object, choices, self.submodel)
         body["usage"] = usage(self.job, self.answers)
         body["sortserve"] = tell(self.job, self.answers, now)
         return Response(msgspec.json.encode(body), headers=self._headers(now), media_type="application/json")
@@ -113,25 +118,28 @@ class Generation:
         for place, answer in enumerate(self.answers):
             opening = self._format.opening(place)
             if opening is not None:
-                yield self._chunk(opening)
+                yield self._event([opening], self.submodel, told=False)
             delta = answer.open()
             if not delta.empty:
-                yield self._chunk(self._choice(place, delta))
+                yield self._chunk(place, delta)
         async for place, got in self._streams.events():
             delta = self._take(self._streams, place, got)
             if self.answers[place].finish_reason is None:
                 if not delta.empty:
-                    yield self._chunk(self._choice(place, delta))
+                    yield self._chunk(place, delta)
                 continue
             complete = all(answer.finish_reason is not None for answer in self.answers)
             # who asks for no usage chunk is told in the last one
-            yield self._chunk(self._choice(place, delta), told=complete and not self.job.include_usage)
+            yield self._chunk(place, delta, told=complete and not self.job.include_usage)
         if self.job.include_usage:
-            yield self._chunk(None, told=True)
+            yield self._event([], self.submodel, told=True)
 
     def _take(self, streams: EventStreams, place: int, got: AnswerEvent) -> Delta:
         """What may leave because of one event. Raises UnavailableError if the engine gave the request up."""
         answer = self.answers[place]
+        if isinstance(got, AcceptedEvent):
+            answer.accepted = got
+            return Delta()
         if isinstance(got, PromptLogprobsEvent):
             return answer.prompt(got)
         if isinstance(got, FinishedEvent):
@@ -145,14 +153,17 @@ class Generation:
             streams.stop(place)
         return delta
 
-    def _choice(self, place: int, delta: Delta) -> dict[str, Any]:
+    def _chunk(self, place: int, delta: Delta, told: bool = False) -> bytes:
+        """What leaves of one answer; `told`: with the `sortserve` object."""
+        answer = self.answers[place]
         entries = delta.entries if self.job.tell_logprobs else None
-        return self._format.delta(place, delta.text, entries, self.answers[place].finish_reason)
+        choice = self._format.delta(place, delta.text, entries, answer.finish_reason)
+        return self._event([choice], answer.submodel or self.submodel, told)
 
-    def _chunk(self, choice: dict[str, Any] | None, told: bool = False) -> bytes:
-        """One chunk: with a choice, or the one with the usage, whose `choices` are empty."""
-        chunk = self._envelope(self._format.chunk_object, [] if choice is None else [choice])
-        if choice is None or self.job.usage_in_every_chunk:
+    def _event(self, choices: list[dict[str, Any]], submodel: str, told: bool) -> bytes:
+        """One event of the stream: without choices the one with the usage."""
+        chunk = self._envelope(self._format.chunk_object, choices, submodel)
+        if not choices or self.job.usage_in_every_chunk:
             chunk["usage"] = usage(self.job, self.answers)
         elif self.job.include_usage:
             chunk["usage"] = None
@@ -160,13 +171,13 @@ class Generation:
             chunk["sortserve"] = tell(self.job, self.answers, time.monotonic())
         return event(chunk)
 
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, kind: str, choices: list[dict[str, Any]], submodel: str) -> dict[str, Any]:
         return {
             "id": self.job.id,
             "object": kind,
             "created": self.job.created,
             "model": self.job.model,
-            "system_fingerprint": f"sortserve-{sortserve.__version__}-{self.submodel}",
+            "system_fingerprint": f"sortserve-{sortserve.__version__}-{submodel}",
             "choices": choices,
         }
 
@@ -181,20 +192,19 @@ class Generation:
             headers["X-Latency-Budget-Status"] = "ok" if predicted_met else "predicted-miss"
         if self.predicted_seconds is not None:
             headers["X-Latency-Predicted-Ms"] = f"{self.predicted_seconds * 1e3:.0f}"
-        if finished is not None:
-            if budget is not None:
-                met = all_met(self.job, self.answers, finished)
-                headers["X-Latency-Budget-Status"] = "met" if met else "missed"
-            headers["Server-Timing"] = self._timing(finished)
+        if finished is not None and budget is not None:
+            met = all_met(self.job, self.answers, finished)
+            headers["X-Latency-Budget-Status"] = "met" if met else "missed"
+        headers["Server-Timing"] = self._timing(finished)
         return headers
 
-    def _timing(self, finished: float) -> str:
-        """`Server-Timing`, of the first answer; a part that is not known is left out."""
-        summary = self.answers[0].summary
-        queue = None if summary is None else summary.queue_seconds
+    def _timing(self, finished: float | None) -> str:
+        """`Server-Timing`, of the first answer; what has not happened when the headers leave is left out."""
+        parts: dict[str, float] = {}
+        if self.accepted:
+            parts["queue"] = self.accepted[0].queue_seconds
         first = first_token_seconds(self.job, self.answers[:1])
-        parts = {"queue": queue}
-        if first is not None:
-            parts["prefill"] = first - (queue or 0.0)
+        if finished is not None and first is not None:
+            parts["prefill"] = first - parts.get("queue", 0.0)
             parts["decode"] = finished - self.job.arrival - first
-        return ", ".join(f"{name};dur={max(0.0, s) * 1e3:.1f}" for name, s in parts.items() if s is not None)
+        return ", ".join(f"{name};dur={max(0.0, seconds) * 1e3:.1f}" for name, seconds in parts.items())

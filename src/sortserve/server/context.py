@@ -182,7 +182,6 @@ def _served(endpoint: str, record: Record, duration: float) -> Served:
         reason = "abort"
     else:
         reason = "error" if generation.accepted else "none"
-    summary = answers[0].summary
     return Served(
         endpoint,
         record.status,
@@ -193,7 +192,7 @@ def _served(endpoint: str, record: Record, duration: float) -> Served:
         outcome,
         None if budget is None or budget.total_ms is None else budget.total_ms / 1e3,
         generation.predicted_seconds,
-        None if summary is None else summary.queue_seconds,
+        generation.accepted[0].queue_seconds if generation.accepted else None,
         first_token_seconds(job, answers),
         per_token_seconds(answers),
         last - job.arrival if complete and last is not None else None,

@@ -96,10 +96,12 @@ class Metrics:
         if served.elapsed is not None and served.predicted is not None and served.elapsed > 0:
             self._error.labels(model, submodel).observe((served.predicted - served.elapsed) / served.elapsed)
 
-    def render(self, stats: EngineStats | None, ready: bool, accept: str) -> tuple[bytes, str]:
-        """The exposition, in the format that `accept` prefers, and its type. `stats` None: the engine is not up."""
-        self._engine.stats = stats
-        self._engine.ready = ready
+    def take(self, stats: EngineStats | None, *, ready: bool, restarts: int) -> None:
+        """The engine as of now. `stats` None: there is none that answers."""
+        self._engine.stats, self._engine.ready, self._engine.restarts = stats, ready, restarts
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition, in the format that `accept` prefers, and its type."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
@@ -111,6 +113,7 @@ class _EngineCollector(Collector):
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.ready = False
+        self.restarts = 0
         self.dropped: Tally[str] = Tally()
 
     def describe(self) -> Iterator[Metric]:
@@ -141,6 +144,7 @@ class _EngineCollector(Collector):
             ("preemptions", "Sequences that lost their pages for a while", stats.preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up", stats.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens found", stats.prefix_hits),
+            ("engine_restarts", "Engines started after the first one", self.restarts),
         ):
             counter = CounterMetricFamily(f"sortserve_{name}", text, labels=["model"])
             counter.add_metric([model], count)

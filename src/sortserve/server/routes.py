@@ -134,11 +134,9 @@ def operation_routes(state: ServerState) -> APIRouter:
 
     @router.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:
-        up = state.phase in ("ready", "draining") and state.backend.alive
-        stats = await _stats(state) if up else None
-        content, content_type = state.metrics.render(
-            stats, up and state.phase == "ready", request.headers.get("accept", "")
-        )
+        stats = await _stats(state) if state.phase in ("ready", "draining") else None
+        state.metrics.take(stats, ready=state.phase == "ready" and state.backend.ready, restarts=state.backend.restarts)
+        content, content_type = state.metrics.render(request.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})
 
     return router

@@ -232,7 +232,7 @@ class Told(BaseModel):
 
     submodels: dict[str, int]
     switches: int
-    refilled_tokens: int | None
+    refilled_tokens: int
     budget_ms: float | None
     elapsed_ms: float
     ttft_ms: float | None

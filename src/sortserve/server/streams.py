@@ -23,7 +23,7 @@ from sortserve.server.errors import INTERNAL_MESSAGE, error_of_event
 _LOG = logging.getLogger("sortserve.server")
 
 T = TypeVar("T")
-AnswerEvent = PromptLogprobsEvent | TokenEvent | FinishedEvent
+AnswerEvent = AcceptedEvent | PromptLogprobsEvent | TokenEvent | FinishedEvent
 
 
 class ClientGoneError(Exception):
@@ -35,36 +35,35 @@ class EventStreams:
 
     def __init__(self, backend: Backend, requests: Sequence[GenerateRequest]) -> None:
         self._queue: asyncio.Queue[tuple[int, Event | SortServeError]] = asyncio.Queue()
-        self._early: list[tuple[int, AnswerEvent]] = []  # came before every request was accepted
+        self._early: list[tuple[int, AnswerEvent]] = []  # came before headers were sent
         self._open = set(range(len(requests)))
         self._tasks = [
             asyncio.create_task(self._pump(backend, place, request)) for place, request in enumerate(requests)
         ]
 
-    async def accepted(self) -> list[AcceptedEvent]:
-        """Wait until every request is accepted, or the first token is there; then headers can be sent.
+    async def begun(self) -> list[tuple[int, AcceptedEvent]]:
+        """Wait until every request is accepted, or the first token is there: then headers can be sent.
 
-        Raises the error of the first request that is refused.
+        What came by then is told again by `events`. Raises the error of the first request that is refused.
         """
-        accepted: dict[int, AcceptedEvent] = {}
+        accepted: list[tuple[int, AcceptedEvent]] = []
         while len(accepted) < len(self._tasks):
             place, event = await self._next()
-            if isinstance(event, AcceptedEvent):
-                accepted[place] = event
-                continue
             self._early.append((place, event))
-            if isinstance(event, TokenEvent):
+            if isinstance(event, AcceptedEvent):
+                accepted.append((place, event))
+            elif isinstance(event, TokenEvent):
                 break
-        return [accepted[place] for place in sorted(accepted)]
+        return accepted
 
     async def events(self) -> AsyncIterator[tuple[int, AnswerEvent]]:
-        """(place of the request, event) until every request has finished or was stopped. Raises as `accepted`."""
+        """(place of the request, event) until every request has finished or was stopped. Raises as `begun`."""
         for place, early in self._early:
             if self._take(place, early):
                 yield place, early
         while self._open:
             place, event = await self._next()
-            if not isinstance(event, AcceptedEvent) and self._take(place, event):
+            if self._take(place, event):
                 yield place, event
 
     def stop(self, place: int) -> None:
@@ -85,7 +84,7 @@ class EventStreams:
             self._open.discard(place)
         return counts
 
-    async def _next(self) -> tuple[int, AcceptedEvent | AnswerEvent]:
+    async def _next(self) -> tuple[int, AnswerEvent]:
         place, event = await self._queue.get()
         while place not in self._open:  # of a request that was stopped, even a failure is of no interest
             place, event = await self._queue.get()
