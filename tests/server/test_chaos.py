@@ -1,6 +1,7 @@
 """What a server goes through: engines killed and stopped, too little memory, clients that read slowly or leave."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -75,8 +76,9 @@ def nothing_left(server: Server, engines: set[int], sockets: Path) -> None:
 async def test_engines_killed_under_32_streams(sockets: Path) -> None:
     """Twenty times: every client hears one end within 2 s, the next request succeeds within the load time and 5 s,
     and at the end nothing is left behind."""
+    began = time.monotonic()
     with serving() as server:
-        began = time.monotonic()
+        load_seconds = time.monotonic() - began
         engines = {server.engine_pid}
         slowest_end = slowest_return = 0.0
         limits = httpx.Limits(max_connections=None)
@@ -95,7 +97,7 @@ async def test_engines_killed_under_32_streams(sockets: Path) -> None:
                     assert events[-1]["error"]["code"] == "engine_failed"
                     slowest_end = max(slowest_end, at - killed)
                 assert (await client.get("/health")).status_code == 200
-                await ready_again(client, server_load_seconds(server) + LOAD_SECONDS_MORE)
+                await ready_again(client, load_seconds + LOAD_SECONDS_MORE)
                 slowest_return = max(slowest_return, time.monotonic() - killed)
                 engines.add(server.engine_pid)
                 assert server.metric("engine_restarts_total") == round_number + 1
@@ -107,11 +109,6 @@ async def test_engines_killed_under_32_streams(sockets: Path) -> None:
         assert "Traceback" not in "".join(server.log)
         server.process.send_signal(signal.SIGTERM)
         nothing_left(server, engines, sockets)
-
-
-def server_load_seconds(server: Server) -> float:
-    """From start to ready, as the log has it: the process, its imports and the model."""
-    return 10.0
 
 
 async def test_an_engine_that_is_stopped_is_replaced(sockets: Path) -> None:
@@ -160,7 +157,7 @@ async def test_little_memory_and_many_requests() -> None:
         {
             "prompt": [rng.randrange(5, 2000) for _ in range(rng.randrange(1, 60))],
             "max_tokens": rng.randrange(5, 60),
-            "model": rng.choice(["bundled", "bundled", "bundled:d4-w50", "bundled:d2"[:13] + "-w25"]),
+            "model": rng.choice(["bundled", "bundled", "bundled:d4-w50", "bundled:d2-w25"]),
             "seed": number,
             "temperature": rng.choice([0.0, 1.0]),
             "ignore_eos": True,
@@ -196,7 +193,7 @@ def server() -> Iterator[Server]:
 
 def settled(server: Server) -> None:
     """Wait until nothing runs; then no page may be in use."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 90
     while server.metric("requests_running") + server.metric("requests_waiting"):
         assert time.monotonic() < deadline, "an answer that nobody reads goes on"
         time.sleep(0.02)
@@ -222,31 +219,34 @@ def connect(server: Server, receive_bytes: int | None = None) -> socket.socket:
 def test_slow_readers_hold_nobody_up(server: Server) -> None:
     """Eight clients that read nothing while 900 tokens are made for each: others are answered, the pages come back,
     and what was made for them is all there when they read at last."""
-    slow = [connect(server, 4096) for _ in range(8)]
-    for client in slow:
-        client.sendall(raw_request(900))
-    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 20}, timeout=30)
-    assert answer.status_code == 200
-    settled(server)
-    for client in slow:
-        content = b""
-        while b"data: [DONE]" not in content:
-            content += client.recv(65536)
-        assert content.count(b'"text":') >= 500, "tokens of several bytes share chunks, but most have their own"
-        client.close()
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(server, 4096)) for _ in range(8)]
+        for client in slow:
+            client.sendall(raw_request(900))
+        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 20}, timeout=30)
+        assert answer.status_code == 200
+        settled(server)
+        for client in slow:
+            content = b""
+            while b"data: [DONE]" not in content:
+                received = client.recv(65536)
+                assert received, "closed before the end"
+                content += received
+            assert content.count(b'"text":') >= 500, "tokens of several bytes share chunks, but most have their own"
 
 
 def test_half_closed_sockets(server: Server) -> None:
     """A client that ends its own side has left: its answer is aborted, and nothing of it stays."""
-    aborted = server.metric('requests_total{endpoint="completions",finish_reason="abort".*?}') or 0
-    assert aborted >= 0
-    for _ in range(20):
-        client = connect(server)
+    before = server.metric("generation_tokens_total")
+    clients = [connect(server) for _ in range(20)]
+    for client in clients:
         client.sendall(raw_request(900))
         assert client.recv(10)
         client.shutdown(socket.SHUT_WR)
-        client.close()
     settled(server)
+    assert server.metric("generation_tokens_total") - before < 20 * 900
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.slow
