@@ -35,6 +35,7 @@ TORCH_FREE = (
     "ladder",
     "budget",
     "errors",
+    "logs",
     "request",
     "plan",
     "pages",

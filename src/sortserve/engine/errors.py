@@ -5,6 +5,7 @@
     |   +-- ModelFolderError        missing, truncated or unsupported checkpoint
     |   +-- LadderError             malformed ladder.json, or one for another model
     |   +-- MemoryBudgetError       the KV memory cannot hold one sequence of the context length
+    |   +-- KeysFileError           missing or malformed keys file, or one for another ladder
     +-- RequestError              400  this one request cannot be served as it was asked
     |   +-- ContextLengthError      400  prompt + max_tokens over the context
     |   +-- BudgetInfeasibleError   400  strict budget that even an idle server would miss
@@ -13,6 +14,7 @@
     |   +-- PayloadTooLargeError    413  body over the limit
     +-- UnavailableError          503  the same request may succeed later
         +-- OverloadedError         429  queue full, or strict budget impossible under the present load
+        +-- RateLimitedError        429  the key has made its requests of this minute
         +-- DrainingError           503  shutting down
         +-- EngineFailedError       503  the engine died under the request
 
@@ -54,6 +56,10 @@ class LadderError(StartupError):
 
 class MemoryBudgetError(StartupError):
     """The memory given cannot hold what must fit; the message names both numbers."""
+
+
+class KeysFileError(StartupError):
+    """The keys file is missing, malformed, or names a sub-model that there is not; read anew it changes nothing then."""
 
 
 class RequestError(SortServeError):
@@ -116,6 +122,14 @@ class OverloadedError(UnavailableError):
     status = 429
     kind = "rate_limit_error"
     code = "overloaded"
+
+
+class RateLimitedError(UnavailableError):
+    """The key has made more requests than the keys file grants it; `retry_after` says when the next one is due."""
+
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limited"
 
 
 class DrainingError(UnavailableError):

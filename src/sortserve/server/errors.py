@@ -18,6 +18,7 @@ from sortserve.engine.errors import (
     BudgetInfeasibleError,
     DrainingError,
     OverloadedError,
+    RateLimitedError,
     SortServeError,
     UnavailableError,
     error_named,
@@ -47,6 +48,8 @@ def error_headers(error: SortServeError) -> dict[str, str]:
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1e3)))
     if isinstance(error, OverloadedError):
         headers["X-Dropped-Reason"] = "rejected-saturated"
+    if isinstance(error, RateLimitedError):
+        headers["X-Dropped-Reason"] = "rejected-rate-limited"
     if isinstance(error, DrainingError):
         headers["X-Dropped-Reason"] = "rejected-shutting-down"
     if isinstance(error, BudgetInfeasibleError):
