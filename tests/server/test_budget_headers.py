@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from sortserve.engine.budget import Budget
 from sortserve.engine.errors import NotFoundError, RequestError
 from sortserve.server.budget_headers import Terms, parse_milliseconds, read_terms
+from sortserve.server.keys import Bounds
 from sortserve.server.schemas import CompletionRequest
 from sortserve.server.state import ServerOptions
 from tests.server.fake_backend import FakeBackend, ladder, open_client
@@ -210,3 +211,51 @@ async def test_pinning_by_model_name(client: httpx.AsyncClient, backend: FakeBac
     auto = await client.post("/v1/completions", json=ASK | {"model": "fake:d2"}, headers={"X-Submodel": "auto"})
     assert auto.headers["X-Submodel"] == "d4"
     assert [request.submodel for request in backend.requests] == ["d2", "auto"]
+
+
+# --- the time a proxy waits
+
+PROXY = {"x-envoy-expected-rq-timeout-ms": "300"}
+
+
+async def budget_behind_proxy(
+    headers: dict[str, str], trust: bool = True, default: float | None = None
+) -> Budget | None:
+    backend = FakeBackend()
+    options = ServerOptions(trust_proxy_timeouts=trust, default_latency_budget_ms=default)
+    async with open_client(backend, options) as client:
+        answer = await client.post("/v1/completions", json=ASK, headers=headers)
+        assert answer.status_code == 200, answer.text
+    return backend.requests[0].budget
+
+
+async def test_proxy_timeout_caps_a_total_and_nothing_else() -> None:
+    assert await budget_behind_proxy(PROXY | {"X-Latency-Budget-Ms": "900"}) == Budget(300.0)
+    assert await budget_behind_proxy(PROXY | {"X-Latency-Budget-Ms": "200"}) == Budget(200.0)
+    assert await budget_behind_proxy(PROXY, default=900.0) == Budget(300.0)
+    assert await budget_behind_proxy(PROXY) is None, "a proxy's timeout alone must not cost quality"
+    assert await budget_behind_proxy(PROXY | {"X-Latency-Budget-TTFT-Ms": "50"}) == Budget(ttft_ms=50.0)
+    never = {"x-envoy-expected-rq-timeout-ms": "0", "X-Latency-Budget-Ms": "900"}
+    assert await budget_behind_proxy(never) == Budget(900.0)
+
+
+async def test_proxy_timeout_is_not_trusted_unasked() -> None:
+    assert await budget_behind_proxy(PROXY | {"X-Latency-Budget-Ms": "900"}, trust=False) == Budget(900.0)
+    bad = {"x-envoy-expected-rq-timeout-ms": "soon", "X-Latency-Budget-Ms": "900"}
+    assert await budget_behind_proxy(bad, trust=False) == Budget(900.0)
+
+
+@pytest.mark.parametrize("values", [["soon"], ["1.5"], ["-1"], ["300", "300"], [""]])
+async def test_bad_proxy_timeout_is_400(values: list[str]) -> None:
+    async with open_client(FakeBackend(), ServerOptions(trust_proxy_timeouts=True)) as client:
+        headers = [("X-Latency-Budget-Ms", "5"), *(("x-envoy-expected-rq-timeout-ms", value) for value in values)]
+        answer = await client.post("/v1/completions", json=ASK, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-envoy-expected-rq-timeout-ms")
+
+
+def test_key_bounds_come_before_the_proxy() -> None:
+    """A key's smallest budget does not keep a request from ending when nobody waits for it any more."""
+    headers = Headers({"x-envoy-expected-rq-timeout-ms": "300", "X-Latency-Budget-Ms": "5"})
+    body = CompletionRequest(prompt="x")
+    read = read_terms(headers, body, ladder(), bounds=Bounds(500.0, None), trust_proxy_timeouts=True)
+    assert read.budget == Budget(300.0)

@@ -85,6 +85,8 @@ class Engine:
             capabilities=frozenset({"refill", "sit_out", "reuse"}),
             weight_bytes=weights.nbytes,
             kv_bytes=num_pages * geometry.page_bytes,
+            block_tokens=geometry.block_tokens,
+            kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
         )
         engine = cls(config, model_config, info, scheduler, runner)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -15,17 +16,21 @@ from sortserve.server.errors import install_error_handlers
 from sortserve.server.routes import generation_routes, model_routes, operation_routes
 from sortserve.server.state import ServerOptions, ServerState
 
+if TYPE_CHECKING:
+    from sortserve.server.tracing import Tracing  # needs the `otel` extra
+
 
 def create_app(
     backend: Backend,
     tokenizer: Tokenizer,
     options: ServerOptions | None = None,
     on_startup_failure: Callable[[], None] | None = None,
+    tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """An app that answers at once and starts `backend` in the background; `/ready` tells when it is there.
 
     `app.state.server` is the ServerState. `on_startup_failure` is called when the back end cannot start; the reason is
-    in `app.state.server.failure` then.
+    in `app.state.server.failure` then. `tracing` is closed with the app. Raises KeysFileError.
     """
     state = ServerState(backend, tokenizer, options or ServerOptions(), on_startup_failure)
 
@@ -38,6 +43,8 @@ def create_app(
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
             await state.drain()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     # no /docs: its page loads scripts from other sites
     app = FastAPI(title="SortServe", version=sortserve.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -45,7 +52,7 @@ def create_app(
     install_error_handlers(app)
     for routes in (generation_routes, model_routes, operation_routes):
         app.include_router(routes(state))
-    app.add_middleware(ContextMiddleware, state=state)
+    app.add_middleware(ContextMiddleware, state=state, tracing=tracing)
     if state.options.allow_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,6 +1,7 @@
 """The terms of service a request asks for: latency budget, sub-model, floors and kind of K/V, from headers and body.
 
-A header wins over the body field of the same meaning. A bad or repeated header is a 400 whose `param` is its name.
+A header wins over the body field of the same meaning. A bad or repeated header is a 400 whose `param` is its name. What is
+asked for is then narrowed: by the bounds of the request's key, and by the time after which a trusted proxy gives up.
 """
 
 import math
@@ -15,10 +16,12 @@ from sortserve.engine.budget import MAX_BUDGET_MS, Budget, BudgetPolicy
 from sortserve.engine.errors import RequestError
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.protocol import KVMode
+from sortserve.server.keys import NO_BOUNDS, Bounds
 
 TOTAL_HEADERS = ("X-Latency-Budget-Ms",)
 TTFT_HEADERS = ("X-Latency-Budget-TTFT-Ms", "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT_HEADERS = ("X-Latency-Budget-TPOT-Ms", "x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
+PROXY_HEADERS = ("x-envoy-expected-rq-timeout-ms",)
 POLICIES = ("best-effort", "strict", "cut")
 KV_MODES = ("exact", "reuse")
 _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s)?", re.ASCII)
@@ -61,9 +64,12 @@ def read_terms(
     *,
     pinned: str | None = None,
     default_budget_ms: float | None = None,
+    bounds: Bounds = NO_BOUNDS,
+    trust_proxy_timeouts: bool = False,
     capabilities: frozenset[str] = frozenset(),
 ) -> Terms:
-    """The terms of one request. `pinned` is the sub-model that the `model` field named (`<model>:<id>`).
+    """The terms of one request. `pinned` is the sub-model that the `model` field named (`<model>:<id>`), `bounds` what
+    the request's key may ask for.
 
     Raises RequestError for a value that is malformed, out of range or contradicts another one, NotFoundError for a
     sub-model that the ladder does not have.
@@ -72,6 +78,7 @@ def read_terms(
     floor, floor_param = _text(headers, ("X-Submodel-Floor",), body.submodel_floor, "submodel_floor")
     if floor is not None and ladder.place(floor, param=floor_param) > _ceiling(ladder, submodel):
         raise RequestError(f"the floor {floor} is above the sub-model {submodel} that is asked for", param=floor_param)
+    floor = _raised(floor, bounds, ladder, submodel)
     quality, quality_param = _quality(headers, body)
     if quality is not None and ladder.quality_floor(quality) > _ceiling(ladder, submodel):
         raise RequestError(
@@ -83,7 +90,7 @@ def read_terms(
         raise RequestError(f"KV mode is {kv_mode!r}, must be exact or reuse", param=kv_param)
     if kv_mode == "reuse" and "reuse" not in capabilities:
         raise RequestError("KV mode reuse is not supported by this back end; ask for exact", param=kv_param)
-    budget = _budget(headers, body, default_budget_ms)
+    budget = _budget(headers, body, default_budget_ms, bounds, trust_proxy_timeouts)
     return Terms(budget, submodel, floor, quality, cast(KVMode | None, kv_mode))
 
 
@@ -106,7 +113,9 @@ def parse_milliseconds(value: float | str, param: str) -> float:
     return milliseconds
 
 
-def _budget(headers: Headers, body: BodyTerms, default_ms: float | None) -> Budget | None:
+def _budget(
+    headers: Headers, body: BodyTerms, default_ms: float | None, bounds: Bounds, trust_proxy: bool
+) -> Budget | None:
     total = _milliseconds(headers, TOTAL_HEADERS, body.latency_budget_ms, "latency_budget_ms")
     ttft = _milliseconds(headers, TTFT_HEADERS, body.latency_budget_ttft_ms, "latency_budget_ttft_ms")
     tpot = _milliseconds(headers, TPOT_HEADERS, body.latency_budget_tpot_ms, "latency_budget_tpot_ms")
@@ -115,11 +124,38 @@ def _budget(headers: Headers, body: BodyTerms, default_ms: float | None) -> Budg
         raise RequestError(f"{param} is {policy!r}, must be best-effort, strict or cut", param=param)
     if total is None and ttft is None and tpot is None:
         total = default_ms
-        if total is None and policy in ("strict", "cut"):
+    total = bounds.narrow(total)
+    timeout = _proxy_timeout(headers) if trust_proxy else None
+    if total is not None and timeout is not None:
+        total = min(total, timeout)  # a cap, not a budget: whoever asks for none gets none because of a proxy
+    if total is None and ttft is None and tpot is None:
+        if policy in ("strict", "cut"):
             raise RequestError(f"{param} is {policy} but no budget is given; add X-Latency-Budget-Ms", param=param)
-        if total is None:
-            return None
+        return None
     return Budget(total, ttft, tpot, cast(BudgetPolicy, policy or "best-effort"))
+
+
+def _proxy_timeout(headers: Headers) -> float | None:
+    """Milliseconds after which the proxy in front gives the request up; None if it does not say, or waits for ever."""
+    text, param = _header(headers, PROXY_HEADERS)
+    if text is not None and not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+        raise RequestError(
+            f"{param} is {text[:_MAX_CHARS]!r}, must be whole milliseconds, as Envoy sends it", param=param
+        )
+    return float(text) if text is not None and int(text) > 0 else None
+
+
+def _raised(floor: str | None, bounds: Bounds, ladder: Ladder, submodel: str) -> str | None:
+    """The floor that was asked for, or the key's where that is higher. Raises RequestError for a pin below it."""
+    if bounds.floor is None:
+        return floor
+    if ladder.place(bounds.floor) > _ceiling(ladder, submodel):
+        raise RequestError(
+            f"this API key is served {bounds.floor} and above, sub-model {submodel} is below it; ask for auto, or for "
+            f"{bounds.floor} and above",
+            param="submodel",
+        )
+    return bounds.floor if floor is None or ladder.place(floor) < ladder.place(bounds.floor) else floor
 
 
 def _submodel(headers: Headers, body: BodyTerms, ladder: Ladder, pinned: str | None) -> str:

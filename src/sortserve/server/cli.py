@@ -13,6 +13,7 @@ from pathlib import Path
 
 import sortserve
 from sortserve.engine.errors import ModelFolderError, SortServeError, StartupError
+from sortserve.engine.logs import LOG_FORMATS
 
 BUNDLED = Path(sortserve.__file__).parent / "bundled"
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -140,6 +141,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be an address like http://127.0.0.1:4318")
+    return text
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", type=Path, metavar="MODEL", help="Hugging Face model folder; default: the bundled one"
@@ -168,11 +175,23 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add("--port", type=_port, default=8000, help="default: 8000; 0 takes a free one")
     add("--served-model-name", default="", metavar="NAME", help="`model` in the API; default: the folder's name")
     add("--api-key", action="append", default=[], metavar="KEY", help="may repeat; without one everybody may ask")
+    add(
+        "--keys-file",
+        type=Path,
+        metavar="FILE",
+        help="TOML with further keys, their budgets, floors and rates (docs/operating.md); SIGHUP reads it again",
+    )
     add("--default-latency-budget-ms", type=_milliseconds, metavar="MS", help="for requests without a budget")
     add("--policy", default="slack", choices=("slack", "fixed"), help="how sub-models are chosen; default: slack")
     add("--fixed-submodel", metavar="ID", help="what `auto` requests run under --policy fixed")
     add("--max-batch-tokens", type=positive, default=256, help="rows of one step; default: 256")
     add("--max-queue", type=positive, default=1024, help="requests that may wait; one more gets 429; default: 1024")
+    add("--max-body", type=size, default=4 * 2**20, metavar="SIZE", help="of one request's body; default: 4MiB")
+    add(
+        "--trust-proxy-timeouts",
+        action="store_true",
+        help="x-envoy-expected-rq-timeout-ms caps the budgets of requests; only behind a proxy that sets it",
+    )
     add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
     add("--backend", default="native", choices=("native",), help="default: native")
     add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")
@@ -184,6 +203,15 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         help="seconds without the end of a step after which the engine is replaced; default: 60",
     )
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    add("--log-format", default="text", choices=LOG_FORMATS, help="json: an object per line; default: text")
+    add("--log-prompts", action="store_true", help="log the first 1,000 characters of each prompt; answers never")
+    add("--metrics-compat", choices=("vllm",), help="/metrics tells the main series under vLLM's names too")
+    add(
+        "--otlp-endpoint",
+        type=_url,
+        metavar="URL",
+        help="OTLP collector that gets traces over HTTP, like http://127.0.0.1:4318; needs sortserve[otel]",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,31 +1,31 @@
-"""What surrounds every request: its id, the API key, the size of its body, its arrival, its log line and metrics."""
+"""What surrounds every request: its id, its API key and rate, the size of its body, its arrival, and what is told of it:
+log line, metrics and trace."""
 
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sortserve.engine.errors import AuthenticationError, PayloadTooLargeError, SortServeError
-from sortserve.server.answer import all_met, first_token_seconds, per_token_seconds
-from sortserve.server.completions import Generation
+from sortserve.engine import logs
+from sortserve.engine.errors import AuthenticationError, PayloadTooLargeError, RateLimitedError, SortServeError
 from sortserve.server.errors import error_response, internal_error_response
-from sortserve.server.metrics import Served
+from sortserve.server.logs import prompt_fields, request_fields
+from sortserve.server.record import CLIENT_GONE, Record
 from sortserve.server.state import ServerState
 from sortserve.server.streams import ClientGoneError
+
+if TYPE_CHECKING:
+    from sortserve.server.tracing import Tracing  # needs the `otel` extra
 
 _LOG = logging.getLogger("sortserve.server")
 _ENDPOINTS = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}  # those that generate
 _WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
 _PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: not worth a line each
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_CLIENT_GONE = 499  # nginx's number for it; never sent, only counted
 EXPOSED_HEADERS = (
     "X-Request-Id",
     "X-Submodel",
@@ -41,24 +41,13 @@ EXPOSED_HEADERS = (
 )
 
 
-@dataclass
-class Record:
-    """One HTTP request while it is served, as `request.state.record`. `arrival`: when its last byte was read."""
-
-    request_id: str
-    id_was_given: bool
-    arrival: float
-    generation: Generation | None = None
-    status: int = 0
-
-
 class ContextMiddleware:
     """The outermost layer of the app. Nothing it catches reaches the client with a trace."""
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, tracing: "Tracing | None" = None) -> None:
         self._app = app
         self._state = state
-        self._key_digests = [_digest(key) for key in state.options.api_keys]
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -68,7 +57,8 @@ class ContextMiddleware:
         started = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
         usable = _REQUEST_ID.fullmatch(given) is not None
-        record = Record(given if usable else f"req-{uuid.uuid4().hex}", usable, started)
+        record = Record(given if usable else f"req-{uuid.uuid4().hex}", usable, started, started)
+        former_id = logs.request_id.set(record.request_id)
         scope.setdefault("state", {})["record"] = record
 
         async def send_with_headers(message: Message) -> None:
@@ -83,18 +73,19 @@ class ContextMiddleware:
         try:
             await self._serve(scope, receive, send_with_headers, record)
         except ClientGoneError:
-            record.status = _CLIENT_GONE
+            record.status = CLIENT_GONE
         except Exception:
-            _LOG.exception("request %s failed", record.request_id)
+            _LOG.exception("the request failed")
             if record.status:
                 raise  # the response has begun: all that is left is to cut the connection
             await internal_error_response()(scope, receive, send_with_headers)
         finally:
-            self._tell(scope, record, time.monotonic() - started)
+            self._tell(scope, record, time.monotonic())
+            logs.request_id.reset(former_id)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         try:
-            self._check_key(scope)
+            self._check_key(scope, record)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 receive = await self._read_body(scope, receive)
         except SortServeError as error:
@@ -103,16 +94,25 @@ class ContextMiddleware:
         record.arrival = time.monotonic()
         await self._app(scope, receive, send)
 
-    def _check_key(self, scope: Scope) -> None:
-        """Raise AuthenticationError unless no key is needed or the right one is there."""
-        if not self._key_digests or scope["method"] == "OPTIONS" or scope["path"] in _WITHOUT_KEY:
+    def _check_key(self, scope: Scope, record: Record) -> None:
+        """Find the request's key and count the request. Raises AuthenticationError where a key is needed and the one
+        sent is none, RateLimitedError where it has been used too often."""
+        keys = self._state.keys
+        if keys.open or scope["method"] == "OPTIONS" or scope["path"] in _WITHOUT_KEY:
             return
         given = Headers(scope=scope).getlist("authorization")
         scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        if scheme.lower() != "bearer" or not _any_equal(_digest(key.strip()), self._key_digests):
+        record.key = keys.find(key.strip()) if scheme.lower() == "bearer" else None
+        if record.key is None:
             raise AuthenticationError(
                 "missing or unknown API key; send one header `Authorization: Bearer <key>`", param="Authorization"
             )
+        if scope["method"] == "POST":
+            try:
+                record.key.spend()
+            except RateLimitedError:
+                self._state.metrics.drop("rate-limited")
+                raise
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
         """Read the whole body, and return a `receive` that hands it on. Raises PayloadTooLargeError."""
@@ -140,70 +140,17 @@ class ContextMiddleware:
 
         return receive_again
 
-    def _tell(self, scope: Scope, record: Record, duration: float) -> None:
-        """One log line, never with what was asked or answered; and the metrics of requests that generate."""
-        path = scope["path"]
-        generation = record.generation
+    def _tell(self, scope: Scope, record: Record, now: float) -> None:
+        """Log line, trace, and the metrics of requests that generate."""
+        path, method = scope["path"], scope["method"]
         served = None
-        if path in _ENDPOINTS and scope["method"] == "POST":
-            served = _served(_ENDPOINTS[path], record, duration)
+        if path in _ENDPOINTS and method == "POST":
+            served = record.served(_ENDPOINTS[path], now)
             self._state.metrics.observe(served)
+        if self._state.options.log_prompts and record.generation is not None:
+            _LOG.info("prompt", extra={"fields": prompt_fields(record.generation.job, self._state.tokenizer)})
         level = logging.DEBUG if path in _PROBES else logging.INFO
-        _LOG.log(
-            level,
-            "request id=%s method=%s path=%.80r status=%d ms=%.1f%s%s",
-            record.request_id,
-            scope["method"],
-            path,
-            record.status,
-            duration * 1e3,
-            "" if served is None else f" submodel={served.submodel} finish={served.finish_reason}",
-            ""
-            if generation is None
-            else f" job={generation.job.id} prompt_tokens={generation.job.num_prompt_tokens}"
-            f" completion_tokens={sum(answer.num_tokens for answer in generation.answers)}",
-        )
-
-
-def _served(endpoint: str, record: Record, duration: float) -> Served:
-    generation = record.generation
-    if generation is None:
-        return Served(endpoint, record.status, "none", duration)
-    job, answers, budget = generation.job, generation.answers, generation.job.terms.budget
-    complete = all(answer.finish_reason is not None for answer in answers)
-    last = max((answer.last_time for answer in answers if answer.last_time is not None), default=None)
-    outcome = None
-    if budget is not None:
-        met = complete and all_met(job, answers, record.arrival + duration if last is None else last)
-        outcome = "met" if met else "missed" if generation.accepted else "refused"
-    if complete:
-        reason = answers[0].finish_reason or "stop"
-    elif record.status == _CLIENT_GONE:
-        reason = "abort"
-    else:
-        reason = "error" if generation.accepted else "none"
-    return Served(
-        endpoint,
-        record.status,
-        reason,
-        duration,
-        generation.submodel,
-        None if budget is None else budget.policy,
-        outcome,
-        None if budget is None or budget.total_ms is None else budget.total_ms / 1e3,
-        generation.predicted_seconds,
-        generation.accepted[0].queue_seconds if generation.accepted else None,
-        first_token_seconds(job, answers),
-        per_token_seconds(answers),
-        last - job.arrival if complete and last is not None else None,
-    )
-
-
-def _digest(key: str) -> bytes:
-    """Of equal length for every key, so that comparing takes equal time."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _any_equal(digest: bytes, known: Sequence[bytes]) -> bool:
-    """Compares with every one, so that the time does not tell which one was right."""
-    return sum(hmac.compare_digest(digest, one) for one in known) > 0
+        if _LOG.isEnabledFor(level):
+            _LOG.log(level, "request", extra={"fields": request_fields(method, path, record, served, now)})
+        if self._tracing is not None and path not in _PROBES:
+            self._tracing.request(scope, record, served, now)

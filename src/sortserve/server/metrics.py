@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 import sortserve
 from sortserve.engine.protocol import EngineInfo, EngineStats
+from sortserve.server.vllm_metrics import NO_SUBMODEL, VllmCollector
 
 # 1 ms to 10 minutes in steps of about 2
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 600.0)
@@ -30,7 +31,7 @@ class Served:
     status: int
     finish_reason: str  # stop, length, abort, error or none (refused)
     duration: float
-    submodel: str = "none"
+    submodel: str = NO_SUBMODEL
     policy: str | None = None  # of the budget; None without one
     outcome: str | None = None  # met, missed or refused; None without a budget
     budget: float | None = None  # total
@@ -42,9 +43,9 @@ class Served:
 
 
 class Metrics:
-    """All metrics of one app, in a registry of its own."""
+    """All metrics of one app, in a registry of its own; with `vllm` under the names of vLLM too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, vllm: bool = False) -> None:
         self.registry = CollectorRegistry()
         self._engine = _EngineCollector()
         self._model = ""
@@ -63,9 +64,11 @@ class Metrics:
         self._per_token = histogram("time_per_output_token_seconds", "Mean over the tokens after the first")
         self._duration = histogram("request_duration_seconds", "From the last byte of the request to the answer's")
         self._queue = histogram("request_queue_seconds", "Until the request's first row ran")
-        self._budget = histogram("budget_seconds", "Total budgets asked for")
+        self._budget = histogram("budget_seconds", "Total budgets, as applied")
         self._slack = histogram("budget_slack_ratio", "(budget - time taken) / budget; below 0 is late", RATIOS)
         self._error = histogram("latency_prediction_error_ratio", "(predicted - taken) / taken", RATIOS)
+        if vllm:
+            registry.register(VllmCollector(self._engine.view, self._first, self._per_token, self._duration))
 
     def describe(self, info: EngineInfo) -> None:
         """Tell what is served, once it is loaded."""
@@ -115,6 +118,10 @@ class _EngineCollector(Collector):
         self.ready = False
         self.restarts = 0
         self.dropped: Tally[str] = Tally()
+
+    def view(self) -> tuple[EngineInfo | None, EngineStats]:
+        """What is known of the engine."""
+        return self.info, self.stats or EngineStats()
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: the registry then asks for no values before there are any."""

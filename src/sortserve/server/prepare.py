@@ -14,6 +14,7 @@ from sortserve.engine.protocol import EngineInfo, GenerateRequest
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import LONG_TEXT_CHARS
 from sortserve.server.budget_headers import Terms, read_terms
+from sortserve.server.keys import NO_BOUNDS, Bounds
 from sortserve.server.schemas import (
     MAX_SEQUENCES,
     ChatCompletionRequest,
@@ -86,11 +87,13 @@ class Job:
         return made
 
 
-async def prepare_completion(body: CompletionRequest, headers: Headers, arrival: float, state: ServerState) -> Job:
+async def prepare_completion(
+    body: CompletionRequest, headers: Headers, arrival: float, state: ServerState, bounds: Bounds = NO_BOUNDS
+) -> Job:
     """The job of POST /v1/completions. Raises RequestError for whatever cannot be served."""
     body.check()
     pinned, info = state.model_and_pin(body.model), state.backend.info
-    terms = _terms(body, headers, state, pinned)
+    terms = _terms(body, headers, state, pinned, bounds)
     prompts = await _prompts(body.prompt, state)
     if len(prompts) * body.num_choices > MAX_SEQUENCES:
         raise RequestError(
@@ -108,11 +111,13 @@ async def prepare_completion(body: CompletionRequest, headers: Headers, arrival:
     return _job("completions", body, prompts, sampling, terms, arrival, info, echo, body.logprobs is not None)
 
 
-async def prepare_chat(body: ChatCompletionRequest, headers: Headers, arrival: float, state: ServerState) -> Job:
+async def prepare_chat(
+    body: ChatCompletionRequest, headers: Headers, arrival: float, state: ServerState, bounds: Bounds = NO_BOUNDS
+) -> Job:
     """The job of POST /v1/chat/completions. Raises RequestError for whatever cannot be served."""
     body.check()
     pinned, info = state.model_and_pin(body.model), state.backend.info
-    terms = _terms(body, headers, state, pinned)
+    terms = _terms(body, headers, state, pinned, bounds)
     messages = [message.for_template() for message in body.messages]
     num_chars = sum(len(str(message["content"])) for message in messages)
     tokens = await _maybe_in_thread(num_chars, lambda: state.tokenizer.chat(messages))
@@ -157,7 +162,7 @@ def _job(
     )
 
 
-def _terms(body: GenerationFields, headers: Headers, state: ServerState, pinned: str | None) -> Terms:
+def _terms(body: GenerationFields, headers: Headers, state: ServerState, pinned: str | None, bounds: Bounds) -> Terms:
     info = state.backend.info
     return read_terms(
         headers,
@@ -165,6 +170,8 @@ def _terms(body: GenerationFields, headers: Headers, state: ServerState, pinned:
         info.ladder,
         pinned=pinned,
         default_budget_ms=state.options.default_latency_budget_ms,
+        bounds=bounds,
+        trust_proxy_timeouts=state.options.trust_proxy_timeouts,
         capabilities=info.capabilities,
     )
 

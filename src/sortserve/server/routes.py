@@ -18,9 +18,9 @@ from sortserve.engine.errors import (
 )
 from sortserve.engine.protocol import EngineStats
 from sortserve.server.completions import Generation
-from sortserve.server.context import Record
 from sortserve.server.errors import LoadingError
 from sortserve.server.prepare import Job, prepare_chat, prepare_completion
+from sortserve.server.record import Record
 from sortserve.server.schemas import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -49,13 +49,13 @@ def generation_routes(state: ServerState) -> APIRouter:
     @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionResponse}})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         record = _take_up(request, body, state)
-        job = await prepare_completion(body, request.headers, record.arrival, state)
+        job = await prepare_completion(body, request.headers, record.arrival, state, record.bounds)
         return await _generate(request, record, job)
 
     @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletionResponse}})
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         record = _take_up(request, body, state)
-        job = await prepare_chat(body, request.headers, record.arrival, state)
+        job = await prepare_chat(body, request.headers, record.arrival, state, record.bounds)
         return await _generate(request, record, job)
 
     async def _generate(request: Request, record: Record, job: Job) -> Response:
@@ -149,7 +149,7 @@ def _take_up(request: Request, body: CompletionRequest | ChatCompletionRequest, 
         if not body.request_id.isascii() or not body.request_id.isprintable():
             raise RequestError("request_id must be printable ASCII of at most 128 characters", param="request_id")
         if not record.id_was_given:
-            record.request_id = body.request_id
+            record.rename(body.request_id)
     try:
         state.require_ready()
     except UnavailableError as error:
@@ -157,7 +157,7 @@ def _take_up(request: Request, body: CompletionRequest | ChatCompletionRequest, 
         raise
     if body.model_extra:
         names = [name if _FIELD.fullmatch(name) else "?" for name in list(body.model_extra)[:_MAX_SHOWN_FIELDS]]
-        _LOG.info("request id=%s ignored unknown fields: %s", record.request_id, ", ".join(names))
+        _LOG.info("ignored unknown fields: %s", ", ".join(names))
     return record
 
 

@@ -3,20 +3,25 @@
 import argparse
 import asyncio
 import logging
+import signal
 import socket
-import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from sortserve.engine.config import EngineConfig, load_model_config
 from sortserve.engine.errors import StartupError
+from sortserve.engine.logs import configure_logging
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
 from sortserve.server.app import create_app
 from sortserve.server.state import ServerOptions, ServerState
+
+if TYPE_CHECKING:
+    from sortserve.server.tracing import Tracing  # needs the `otel` extra
 
 _LOG = logging.getLogger("sortserve.server")
 _FLUSH_SECONDS = 5  # for the last bytes of finished answers, after the back end has drained
@@ -25,21 +30,27 @@ _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connection
 
 def serve(folder: Path, args: argparse.Namespace) -> int:
     """Serve until a signal; the exit code. Raises StartupError."""
-    level = getattr(logging, args.log_level.upper())
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(args.log_level, args.log_format)
+    level = logging.getLogger().level
     logging.getLogger("uvicorn").setLevel(max(level, logging.WARNING))
+    tracing = open_tracing(args.otlp_endpoint)
     config = engine_config(folder, args)
     load_model_config(folder)  # a wrong folder is refused here, before anything listens
     tokenizer = Tokenizer.load(folder)
     listener = _listen(args.host, args.port)
     options = ServerOptions(
         api_keys=tuple(args.api_key),
+        keys_file=args.keys_file,
         default_latency_budget_ms=args.default_latency_budget_ms,
         shutdown_timeout=args.shutdown_timeout,
         allow_origins=tuple(args.allow_origin),
+        max_body_bytes=args.max_body,
+        trust_proxy_timeouts=args.trust_proxy_timeouts,
+        vllm_metrics=args.metrics_compat == "vllm",
+        log_prompts=args.log_prompts,
     )
     backend = ProcessBackend(config, LoadingLog(), hang_seconds=args.engine_timeout)
-    app = create_app(backend, tokenizer, options, lambda: server.stop())
+    app = create_app(backend, tokenizer, options, lambda: server.stop(), tracing)
     state: ServerState = app.state.server
     server = DrainingServer(app, state)
     _LOG.info("listening on http://%s:%d, loading %s", args.host, listener.getsockname()[1], folder)
@@ -47,6 +58,19 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     if isinstance(state.failure, StartupError):
         raise state.failure
     return 0 if state.failure is None else 1
+
+
+def open_tracing(endpoint: str | None) -> "Tracing | None":
+    """Traces to an OTLP collector, None without an endpoint. Raises StartupError if the extra is not installed."""
+    if endpoint is None:
+        return None
+    try:
+        from sortserve.server.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise StartupError(
+            f"--otlp-endpoint needs {error.name}, which is not installed: pip install 'sortserve[otel]'"
+        ) from error
+    return Tracing.to(endpoint)
 
 
 def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
@@ -112,6 +136,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember the loop for signals."""
         self._loop = asyncio.get_running_loop()
+        if self._state.options.keys_file is not None:
+            self._loop.add_signal_handler(signal.SIGHUP, self._state.reload_keys)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -5,12 +5,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from sortserve.engine.errors import DrainingError, EngineFailedError, NotFoundError, StartupError
+from sortserve.engine.errors import DrainingError, EngineFailedError, KeysFileError, NotFoundError, StartupError
 from sortserve.engine.protocol import Backend
 from sortserve.engine.text import Tokenizer
 from sortserve.server.errors import LoadingError
+from sortserve.server.keys import KeyRing
 from sortserve.server.metrics import Metrics
 
 _LOG = logging.getLogger("sortserve.server")
@@ -22,11 +24,15 @@ Phase = Literal["loading", "ready", "draining", "failed"]
 class ServerOptions:
     """Settings of the HTTP side."""
 
-    api_keys: tuple[str, ...] = ()  # any one of them opens; none: no key is asked for
+    api_keys: tuple[str, ...] = ()  # any one of them opens; none, here or in `keys_file`: no key is asked for
+    keys_file: Path | None = None  # further keys, with bounds; see keys.py
     default_latency_budget_ms: float | None = None  # total, for requests without a budget of their own
     max_body_bytes: int = 4 * 1024 * 1024
     shutdown_timeout: float = 55.0  # seconds that running requests have to finish in
     allow_origins: tuple[str, ...] = ()  # of browsers that may call from other sites; none: no CORS headers
+    trust_proxy_timeouts: bool = False  # x-envoy-expected-rq-timeout-ms caps total budgets
+    vllm_metrics: bool = False  # /metrics has vLLM's names too
+    log_prompts: bool = False
 
 
 @dataclass
@@ -37,16 +43,23 @@ class ServerState:
     tokenizer: Tokenizer
     options: ServerOptions
     on_startup_failure: Callable[[], None] | None = None
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Metrics = field(init=False)
+    keys: KeyRing = field(init=False)
     phase: Phase = "loading"
     failure: BaseException | None = None  # why `phase` is failed
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, `created` of the models
     _drained: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises KeysFileError."""
+        self.metrics = Metrics(vllm=self.options.vllm_metrics)
+        self.keys = KeyRing(self.options.api_keys, self.options.keys_file)
+
     async def load(self) -> None:
         """Start the back end; a failure is kept for whoever runs the server, and told to it."""
         try:
             await self.backend.start()
+            self.keys.check_floors(self.backend.info.ladder)
         except DrainingError:
             return
         except StartupError as error:
@@ -74,6 +87,13 @@ class ServerState:
                     await self.backend.drain(self.options.shutdown_timeout)
             except TimeoutError:
                 _LOG.warning("the back end did not drain within %.0f s", self.options.shutdown_timeout)
+
+    def reload_keys(self) -> None:
+        """Read the keys file again. A broken one leaves the keys as they are."""
+        try:
+            _LOG.info("keys file read again", extra={"fields": {"keys": self.keys.reload()}})
+        except KeysFileError as error:
+            _LOG.error("keys stay as they were: %s", error.message)
 
     def require_loaded(self) -> None:
         """Raise UnavailableError unless the model is there to be asked about."""
