@@ -97,7 +97,9 @@ class FakeBackend:
     running: int = 0
     drained: list[float] = field(default_factory=list)
     info: EngineInfo = field(
-        default_factory=lambda: EngineInfo("fake", ladder(), MAX_MODEL_LEN, 258, (EOS,), frozenset({"reuse", "refill"}))
+        default_factory=lambda: EngineInfo(
+            "fake", ladder(), MAX_MODEL_LEN, 258, (EOS,), frozenset({"reuse", "refill"}), block_tokens=16, kv_blocks=4
+        )
     )
 
     async def start(self) -> None:

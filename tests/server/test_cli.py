@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -82,6 +83,10 @@ def test_bad_sizes(text: str) -> None:
         ["--default-latency-budget-ms", "0"],
         ["--shutdown-timeout", "nan"],
         ["--max-queue", "0"],
+        ["--max-body", "lots"],
+        ["--log-format", "xml"],
+        ["--metrics-compat", "tgi"],
+        ["--otlp-endpoint", "127.0.0.1:4318"],
         ["--unknown"],
     ],
 )
@@ -152,14 +157,18 @@ from sortserve.server.cli import main
 backend = FakeBackend(answer=tuple(b"x" * 100), delay={delay}, load_error={error})
 import sortserve.server.serve as server
 server.ProcessBackend = lambda config, progress, **settings: backend
-sys.exit(main(["serve", {folder!r}, "--port", {port!r}, "--shutdown-timeout", "10"]))
+sys.exit(main(["serve", {folder!r}, "--port", {port!r}, "--shutdown-timeout", "10", *{flags!r}]))
 """
 
 
-def start(folder: Path, delay: float = 0.0, error: str = "None") -> tuple[subprocess.Popen[str], str]:
+def start(
+    folder: Path, delay: float = 0.0, error: str = "None", flags: Sequence[str] = ()
+) -> tuple[subprocess.Popen[str], str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    code = SERVE.format(root=str(ROOT), src=str(ROOT / "src"), folder=str(folder), port=port, delay=delay, error=error)
+    code = SERVE.format(
+        root=str(ROOT), src=str(ROOT / "src"), folder=str(folder), port=port, delay=delay, error=error, flags=[*flags]
+    )
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
     return process, f"http://127.0.0.1:{port}"
 
@@ -209,6 +218,55 @@ def test_startup_failure_prints_and_exits_2(folder: Path) -> None:
         assert process.returncode == 2
         assert "sortserve: the weights are missing; download them" in errors
         assert "Traceback" not in errors
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_malformed_keys_file_exits_2(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "keys.toml").write_text('[[keys]]\nname = "a"\n')
+    assert cli.main(["serve", str(folder), "--port", "0", "--keys-file", str(folder / "keys.toml")]) == 2
+    assert "keys[0]" in capsys.readouterr().err
+
+
+def test_hangup_reads_the_keys_again(folder: Path) -> None:
+    """An answer under way is completed, a broken file changes nothing, and the log is JSON throughout."""
+    keys = folder / "keys.toml"
+    keys.write_text('[[keys]]\nname = "old"\nkey = "one"\n')
+    flags = ["--keys-file", str(keys), "--log-format", "json", "--metrics-compat", "vllm", "--max-body", "1KiB"]
+    process, url = start(folder, delay=0.01, flags=flags)
+
+    def status(key: str) -> int:
+        return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    try:
+        wait_ready(url, process)
+        assert (status("one"), status("two")) == (200, 401)
+        ask, headers = {"prompt": "x", "max_tokens": 60, "stream": True}, {"Authorization": "Bearer one"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=ask, headers=headers, timeout=10) as running:
+            lines = running.iter_lines()
+            next(lines)
+            keys.write_text('[[keys]]\nname = "new"\nkey = "two"\n')
+            os.kill(process.pid, signal.SIGHUP)
+            deadline = time.monotonic() + 5
+            while status("two") != 200:
+                assert time.monotonic() < deadline, "the signal was not heard"
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        assert status("one") == 401
+        keys.write_text("[[keys]")
+        os.kill(process.pid, signal.SIGHUP)
+        assert status("two") == 200
+        answer = httpx.post(
+            f"{url}/v1/completions", json={"prompt": "x" * 2000}, headers={"Authorization": "Bearer two"}
+        )
+        assert answer.status_code == 413
+        assert "vllm:num_requests_waiting" in httpx.get(f"{url}/metrics").text
+        process.terminate()
+        _, errors = process.communicate(timeout=15)
+        assert process.returncode == 0, errors
+        told = [json.loads(line) for line in errors.splitlines()]
+        assert any(line["level"] == "error" and "line 1" in line["message"] for line in told)
+        assert {line["key"] for line in told if "key" in line} == {"old", "new"}
     finally:
         process.kill()
         process.communicate()

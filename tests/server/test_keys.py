@@ -278,9 +278,8 @@ async def test_reload(path: Path, caplog: pytest.LogCaptureFixture) -> None:
             state.reload_keys()
             assert await status("plain") == 200
             assert told in caplog.text
-            assert [record.levelno for record in caplog.records if record.name == "sortserve.server"][
-                0
-            ] == logging.ERROR
+            levels = [record.levelno for record in caplog.records if record.name == "sortserve.server"]
+            assert levels[0] == logging.ERROR
         path.unlink()
         state.reload_keys()
         assert await status("plain") == 200

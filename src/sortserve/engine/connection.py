@@ -17,6 +17,7 @@ import zmq.asyncio
 from sortserve.engine import messages
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.errors import EngineFailedError, StartupError, error_named
+from sortserve.engine.logs import configured_format
 from sortserve.engine.messages import (
     Abort,
     Answer,
@@ -84,7 +85,7 @@ class EngineConnection:
 
     async def load(self, config: EngineConfig, progress: Progress | None = None) -> EngineInfo:
         """Have the model loaded. Raises StartupError as the engine does, EngineFailedError if the process dies of it."""
-        self._tell(Load(config, _LOG.getEffectiveLevel()))
+        self._tell(Load(config, _LOG.getEffectiveLevel(), configured_format()))
         loading = asyncio.create_task(self._until_loaded(progress))
         exited = asyncio.create_task(self._process.wait())
         try:

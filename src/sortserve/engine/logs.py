@@ -34,6 +34,12 @@ def configure_logging(level: int | str, log_format: LogFormat) -> None:
     logging.captureWarnings(True)
 
 
+def configured_format() -> LogFormat:
+    """The format that this process writes its log in, for one that it starts."""
+    formatters = (handler.formatter for handler in logging.getLogger().handlers)
+    return "json" if any(isinstance(formatter, JsonFormatter) for formatter in formatters) else "text"
+
+
 class TextFormatter(logging.Formatter):
     """`<time> <level> <logger>: <message> key=value ... request_id=<id>`; a trace follows, indented."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from sortserve.engine.config import EngineConfig
+from sortserve.engine.logs import LogFormat
 from sortserve.engine.protocol import Data, EngineInfo, EngineStats, Event, GenerateRequest, Prediction
 
 Subject = Literal["stats", "predictions", "pulse"]
@@ -20,6 +21,7 @@ class Load(Data, frozen=True):
 
     config: EngineConfig
     log_level: int
+    log_format: LogFormat = "text"
 
 
 class Submit(Data, frozen=True):

@@ -22,6 +22,7 @@ import zmq
 from sortserve.engine import messages
 from sortserve.engine.engine import Engine
 from sortserve.engine.errors import SortServeError, StartupError, UnavailableError
+from sortserve.engine.logs import configure_logging
 from sortserve.engine.messages import (
     Abort,
     Answer,
@@ -37,7 +38,6 @@ from sortserve.engine.messages import (
 )
 from sortserve.engine.protocol import Event, FailedEvent
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LOG = logging.getLogger(__name__)
 _LAST_WORDS_SECONDS = 2.0  # for what was said last to leave
 _IDLE_MILLISECONDS = 200  # less than from one pulse to the next
@@ -104,7 +104,7 @@ def serve_engine(endpoint: str) -> int:
         socket.connect(endpoint)
         command = messages.decode_command(socket.recv())
         assert isinstance(command, Load), "the first command is what to load"
-        logging.basicConfig(level=command.log_level, stream=sys.stderr, format=LOG_FORMAT)
+        configure_logging(command.log_level, command.log_format)
         try:
             engine = Engine.load(command.config, lambda done, of: socket.send(messages.encode(Loading(done, of))))
         except StartupError as error:
@@ -145,7 +145,7 @@ def _failed(request_id: str, error: SortServeError) -> FailedEvent:
 def main() -> int:
     """Run as a process of its own; the exit code. Whoever ends the server tells the server, which ends the engine once
     its requests are answered, so signals that reach all processes of a group or service are not for this one."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     return serve_engine(sys.argv[1])
 

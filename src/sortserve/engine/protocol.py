@@ -148,9 +148,9 @@ class EngineInfo(Data, frozen=True):
     capabilities: frozenset[str]  # of refill, sit_out, reuse
     weight_bytes: int = 0
     kv_bytes: int = 0
+    load_seconds: float = 0.0
     block_tokens: int = 0  # tokens of one block of K/V
     kv_blocks: int = 0  # blocks of all layers that fit into `kv_bytes`
-    load_seconds: float = 0.0
 
 
 class Backend(Protocol):

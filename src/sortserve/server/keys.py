@@ -182,15 +182,15 @@ def _key(entry: _Entry, place: str) -> Key:
     if not _NAME.fullmatch(entry.name):
         raise KeysFileError(f"{place}: name is {entry.name[:80]!r}, must be 1 to 64 of A-Z a-z 0-9 . _ -")
     place = f"{place} ({entry.name})"
-    for field, most in (
+    for bound, most in (
         ("min_budget_ms", MAX_BUDGET_MS),
         ("max_budget_ms", MAX_BUDGET_MS),
         ("requests_per_minute", 1e6),
         ("burst", 1e6),
     ):
-        value = getattr(entry, field)
+        value = getattr(entry, bound)
         if value is not None and not 0 < value <= most:
-            raise KeysFileError(f"{place}: {field} is {value:g}, must be over 0 and at most {most:.0f}")
+            raise KeysFileError(f"{place}: {bound} is {value:g}, must be over 0 and at most {most:.0f}")
     smallest, largest = entry.min_budget_ms, entry.max_budget_ms
     if smallest is not None and largest is not None and smallest > largest:
         raise KeysFileError(f"{place}: min_budget_ms {smallest:g} is over max_budget_ms {largest:g}")

@@ -37,7 +37,6 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     config = engine_config(folder, args)
     load_model_config(folder)  # a wrong folder is refused here, before anything listens
     tokenizer = Tokenizer.load(folder)
-    listener = _listen(args.host, args.port)
     options = ServerOptions(
         api_keys=tuple(args.api_key),
         keys_file=args.keys_file,
@@ -51,6 +50,7 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     )
     backend = ProcessBackend(config, LoadingLog(), hang_seconds=args.engine_timeout)
     app = create_app(backend, tokenizer, options, lambda: server.stop(), tracing)
+    listener = _listen(args.host, args.port)
     state: ServerState = app.state.server
     server = DrainingServer(app, state)
     _LOG.info("listening on http://%s:%d, loading %s", args.host, listener.getsockname()[1], folder)

@@ -121,7 +121,6 @@ def _generation_attributes(record: Record, served: Served) -> dict[str, Attribut
         "gen_ai.request.seed": sampling.seed,
         "gen_ai.request.choice.count": job.num_choices if job.num_choices > 1 else None,
         "gen_ai.response.id": job.id,
-        "gen_ai.response.model": job.model.partition(":")[0],
         "gen_ai.response.finish_reasons": [answer.finish_reason or served.finish_reason for answer in answers],
         "gen_ai.usage.input_tokens": job.num_prompt_tokens,
         "gen_ai.usage.output_tokens": submodels.total(),
