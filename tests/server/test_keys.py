@@ -245,7 +245,7 @@ async def test_rate_is_a_429(path: Path) -> None:
         assert (await client.get("/v1/models", headers=bearer("plain"))).status_code == 200
         assert (await client.post("/v1/completions", json=ASK, headers=bearer("hashed"))).status_code == 200
         metrics = (await client.get("/metrics")).text
-    assert 'sortserve_requests_dropped_total{model="fake",reason="rate-limited"} 2.0' in metrics
+    assert 'sortserve_requests_dropped_total{model="fake",reason="rate_limited"} 2.0' in metrics
     assert 'finish_reason="none",model="fake",status="429",submodel="none"} 1.0' in metrics
     assert len(backend.requests) == 3
 

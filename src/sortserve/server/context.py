@@ -111,7 +111,7 @@ class ContextMiddleware:
             try:
                 record.key.spend()
             except RateLimitedError:
-                self._state.metrics.drop("rate-limited")
+                self._state.metrics.drop("rate_limited")
                 raise
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:

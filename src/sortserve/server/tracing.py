@@ -5,6 +5,7 @@ client. (The ASGI instrumentation of OpenTelemetry wraps every `send`, and knows
 They never hold what was asked or answered. Everything but the endpoint is set by the standard OTEL_* variables.
 """
 
+import threading
 import time
 from collections import Counter
 
@@ -24,6 +25,7 @@ from sortserve.server.metrics import Served
 from sortserve.server.record import Record
 
 _TRACES_PATH = "/v1/traces"
+_LAST_SPANS_SECONDS = 3.0  # at the end: less than an orchestrator waits, where the exporter would try for 10
 _MAX_PATH_CHARS = 200
 
 
@@ -46,8 +48,10 @@ class Tracing:
         return cls(provider)
 
     def close(self) -> None:
-        """Send what is left. Blocks until it is sent or its time is over."""
-        self._provider.shutdown()
+        """Send what is left; give up on a collector that does not answer in time."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(_LAST_SPANS_SECONDS)
 
     def request(self, scope: Scope, record: Record, served: Served | None, now: float) -> None:
         """The spans of a request that has ended at `now`."""
