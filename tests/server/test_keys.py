@@ -27,7 +27,7 @@ floor = "d4-w50"
 [[keys]]
 name = "slow"
 key = "plain"
-requests_per_minute = 60
+requests_per_minute = 2
 burst = 2
 """
 ASK = {"prompt": "x", "max_tokens": 2}
@@ -121,6 +121,16 @@ def test_every_key_is_compared(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         compared.clear()
         assert (keys.find(given) is None) == (given[0] in "xy")
         assert compared == [(32, 32)] * 4
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "operating.md").read_text()
+    (tmp_path / "keys.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    keys = KeyRing((), tmp_path / "keys.toml")
+    found = keys.find("test")
+    assert found is not None
+    assert (found.name, found.bounds) == ("batch", Bounds(200.0, 5000.0, "d12"))
+    assert keys.find("a-key-in-plain-text") is not None
 
 
 # --- bounds
@@ -237,8 +247,8 @@ async def test_rate_is_a_429(path: Path) -> None:
         assert [answer.status_code for answer in answers] == [200, 200, 429]
         error = answers[2].json()["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limited")
-        assert answers[2].headers["Retry-After"] == "1"
-        assert 0 < int(answers[2].headers["retry-after-ms"]) <= 1000
+        assert 0 < int(answers[2].headers["Retry-After"]) <= 30
+        assert 0 < int(answers[2].headers["retry-after-ms"]) <= 30_000
         assert answers[2].headers["X-Dropped-Reason"] == "rejected-rate-limited"
         assert (await client.post("/tokenize", json={"prompt": "x"}, headers=bearer("plain"))).status_code == 429
         # looking costs nothing, and other keys have rates of their own

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -23,6 +24,7 @@ from sortserve.server.serve import open_tracing
 from sortserve.server.tracing import Tracing
 from tests.server.fake_backend import FakeBackend, byte_tokenizer
 
+SRC = Path(__file__).resolve().parents[2] / "src"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 ASK = {"prompt": "SECRET", "max_tokens": 5, "latency_budget_ms": 60_000}
 
@@ -58,7 +60,7 @@ def span_named(memory: InMemorySpanExporter, name: str) -> ReadableSpan:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_one_tree_per_request(stream: bool, memory: InMemorySpanExporter, tracing: Tracing) -> None:
-    backend = FakeBackend(submodels=("d4", "d4", "d2"), delay=0.001)
+    backend = FakeBackend(submodels=("d4", "d4", "d2"), delay=0.005)
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-Id": "r-1"}
     async with traced(backend, tracing) as client:
         answer = await client.post("/v1/completions", json=ASK | {"stream": stream, "seed": 3}, headers=headers)
@@ -204,5 +206,5 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
 def test_the_server_needs_no_opentelemetry() -> None:
     """Nothing but the tracing file imports it: without the flag it costs nothing, installed or not."""
     code = "import sys, sortserve.server.serve, sortserve.server.cli; print('opentelemetry.sdk' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": sys.path[0]})
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)})
     assert ran.stdout.strip() == "False", ran.stderr

@@ -1,5 +1,6 @@
 """`--metrics-compat vllm`: the same observations under vLLM's names."""
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -103,3 +104,13 @@ def test_before_the_first_request_and_without_an_engine() -> None:
     text = metrics.render("")[0].decode()
     assert 'vllm:num_requests_waiting{model_name=""} 0.0' in text
     assert "# TYPE vllm:time_to_first_token_seconds histogram" in text
+
+
+async def test_every_family_is_documented() -> None:
+    table = (Path(__file__).resolve().parents[2] / "docs" / "operating.md").read_text()
+    async with open_client(FakeBackend(), ServerOptions(vllm_metrics=True)) as client:
+        text = await scrape(client)
+    declared = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    names = [name.removeprefix("sortserve_") for name in declared if not name.endswith("_created")]
+    assert len(names) > 30
+    assert [name for name in names if f"`{name}`" not in table] == []

@@ -31,6 +31,7 @@ _SERVE = """\
 examples:
   sortserve serve
   sortserve serve ./model --host 0.0.0.0 --api-key "$KEY" --kv-memory 2GiB
+  sortserve serve ./model --keys-file ./keys.toml --log-format json
   sortserve serve ./model --ladder ./ladder.json --default-latency-budget-ms 800
   sortserve serve ./model --policy fixed --fixed-submodel d12     one sub-model for every request
 

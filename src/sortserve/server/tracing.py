@@ -8,6 +8,7 @@ They never hold what was asked or answered. Everything but the endpoint is set b
 import threading
 import time
 from collections import Counter
+from itertools import accumulate
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -91,9 +92,9 @@ class Tracing:
             bounds.append(record.arrival + served.time_to_first_token)
             assert record.generation is not None
             bounds.append(max(answer.last_time or 0.0 for answer in record.generation.answers))
-        for name, begin, end in zip(("queue", "prefill", "decode"), bounds, bounds[1:], strict=False):
-            phase = self._tracer.start_span(name, below, start_time=clock.nanoseconds(begin))
-            phase.end(clock.nanoseconds(max(begin, end)))
+        times = [clock.nanoseconds(bound) for bound in accumulate(bounds, max)]
+        for name, begin, end in zip(("queue", "prefill", "decode"), times, times[1:], strict=False):
+            self._tracer.start_span(name, below, start_time=begin).end(end)
 
 
 class _EpochClock:
