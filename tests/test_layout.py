@@ -55,6 +55,7 @@ TORCH_FREE = (
     "messages",
     "connection",
     "supervisor",
+    "grammar",
 )
 
 

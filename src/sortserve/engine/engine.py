@@ -15,6 +15,7 @@ from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
+from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
@@ -64,6 +65,7 @@ class Engine:
         )
         weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
+        grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
             ladder,
             kv,
@@ -72,9 +74,17 @@ class Engine:
             eos_token_ids=model_config.eos_token_ids,
             max_step_tokens=config.max_step_tokens,
             max_running=config.max_running,
+            on_end=grammars.drop,
         )
         runner = Runner(
-            model_config, weights, geometry, scheduler.settings, num_pages, max_model_len, model_config.eos_token_ids
+            model_config,
+            weights,
+            geometry,
+            scheduler.settings,
+            num_pages,
+            max_model_len,
+            model_config.eos_token_ids,
+            grammars,
         )
         info = EngineInfo(
             model=config.model_name,

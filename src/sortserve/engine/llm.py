@@ -9,7 +9,16 @@ from pathlib import Path
 from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
-from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest, KVMode, RequestSummary, TokenEvent
+from sortserve.engine.errors import RequestError
+from sortserve.engine.protocol import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    GenerateRequest,
+    KVMode,
+    RequestSummary,
+    TokenEvent,
+)
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import Tokenizer
 from sortserve.engine.text_stream import TextStream
@@ -49,7 +58,7 @@ class LLM:
     ) -> list[Completion]:
         """One completion per prompt (text or token ids), all run together; in the prompts' order.
 
-        Raises RequestError if one of the prompts cannot be served; then none is.
+        Raises RequestError if one of the prompts cannot be served, or a grammar turns out to cost too much; then none is.
         """
         params = sampling or SamplingParams(max_tokens=64, temperature=0.0)
         arrival = time.monotonic()
@@ -80,6 +89,8 @@ class LLM:
                     answer.end(ended, "stop")
         elif isinstance(event, FinishedEvent) and answer.finished is None:
             answer.end(event, event.reason)
+        elif isinstance(event, FailedEvent):
+            raise RequestError(event.message, param=event.param)
 
 
 class _Answer:

@@ -101,6 +101,7 @@ class SequenceResult:
     token: int | None
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the plan's `successors`
+    error: str | None = None  # why the request's grammar lets no token follow; then there is none
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The runner: executes a plan on the model. Owns the pool of pages; knows nothing of requests or policies."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor
 
 from sortserve.engine.batch import BatchBuilder, Run, SegmentBatch
 from sortserve.engine.config import ModelConfig
+from sortserve.engine.errors import RequestError
+from sortserve.engine.grammar import BoolRow, Grammars
 from sortserve.engine.model import Model
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.plan import Plan, SampleSpec, SequencePlan, SequenceResult, StepResult
 from sortserve.engine.protocol import TokenLogprob
-from sortserve.engine.sampler import SampledToken, Sampler, SamplingRow
+from sortserve.engine.sampler import Sampler, SamplingRow
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import ModelWeights
 
@@ -29,6 +32,7 @@ class Runner:
         num_pages: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
+        grammars: Grammars | None = None,
     ) -> None:
         dtype = weights.embedding.dtype
         self._geometry = geometry
@@ -39,6 +43,7 @@ class Runner:
         self._model = Model(config, weights, geometry, settings, self._builder, max_model_len)
         self._sampler = Sampler(config.shape.vocab_size)
         self._eos = eos_token_ids
+        self._grammars = grammars
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
@@ -120,31 +125,46 @@ class Runner:
         sampling = [
             (part, int(first_rows[place + 1]) - 1) for place, part in enumerate(asking) if part.sample is not None
         ]
-        tokens = self._sample(logits, sampling)
-        results: dict[str, SequenceResult] = {}
+        results = self._sample(logits, sampling)
         for place, part in enumerate(asking):
-            own = logits[first_rows[place] : first_rows[place + 1]]
-            prompt = self._prompt_logprobs(part, own)
-            token, logprob = tokens.get(part.request_id, (None, None))
-            results[part.request_id] = SequenceResult(token, logprob, prompt)
+            if part.prompt_logprobs is not None:
+                own = logits[first_rows[place] : first_rows[place + 1]]
+                result = results.get(part.request_id, SequenceResult(None))
+                results[part.request_id] = replace(result, prompt_logprobs=self._prompt_logprobs(part, own))
         return tuple(results.get(part.request_id, SequenceResult(None)) for part in plan.sequences)
 
-    def _sample(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SampledToken]:
-        if not sampling:
-            return {}
-        rows = []
-        for part, _ in sampling:
+    def _sample(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SequenceResult]:
+        """A token for each of the sequences from its row, or why there is none."""
+        results: dict[str, SequenceResult] = {}
+        drawing, rows, places = [], [], []
+        for part, place in sampling:
             spec = part.sample
             assert spec is not None
-            rows.append(SamplingRow(spec.params, spec.seed, spec.position, spec.prompt, spec.output, self._eos))
-        places = [row for _, row in sampling]
+            try:
+                allowed = None if spec.params.grammar is None else self._allowed(part.request_id, spec)
+            except RequestError as error:  # ends this request only
+                results[part.request_id] = SequenceResult(None, error=error.message)
+                continue
+            drawing.append(part.request_id)
+            places.append(place)
+            rows.append(
+                SamplingRow(spec.params, spec.seed, spec.position, spec.prompt, spec.output, self._eos, allowed)
+            )
+        if not rows:
+            return results
         picked = logits if places == list(range(logits.shape[0])) else logits[places]
         drawn = self._sampler.sample(picked, rows)
-        return {part.request_id: token for (part, _), token in zip(sampling, drawn, strict=True)}
+        for request_id, (token, logprob) in zip(drawing, drawn, strict=True):
+            results[request_id] = SequenceResult(token, logprob)
+        return results
+
+    def _allowed(self, request_id: str, spec: SampleSpec) -> BoolRow:
+        assert self._grammars is not None
+        assert spec.params.grammar is not None
+        return self._grammars.allowed(request_id, spec.params.grammar, spec.output)
 
     def _prompt_logprobs(self, part: SequencePlan, logits: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of the prompt tokens that follow the rows."""
-        if part.prompt_logprobs is None:
-            return ()
+        assert part.prompt_logprobs is not None
         rows = logits[: len(part.successors)]
         return tuple(self._sampler.prompt_logprobs(rows, part.successors, part.prompt_logprobs))

@@ -1,6 +1,6 @@
 """From logits to tokens.
 
-One definition for every row: logit bias, repetition penalty, frequency and presence penalties, minimum length,
+One definition for every row: logit bias, repetition penalty, frequency and presence penalties, grammar, minimum length,
 temperature, top-k, top-p, min-p (in this order), then the inverse of the cumulative distribution over the kept tokens,
 in vocabulary order, at one uniform number. That number depends on (seed, position, purpose) only and every row is
 computed by itself, so a seed gives the same tokens whatever ran beside it or was preempted. Among equal logits the
@@ -19,6 +19,7 @@ from sortserve.engine.protocol import TokenLogprob
 from sortserve.engine.sampling import SamplingParams
 
 FloatRow = npt.NDArray[np.float32]
+BoolRow = npt.NDArray[np.bool_]
 IntRow = npt.NDArray[np.int64]
 TokenIds = Sequence[int] | IntRow
 
@@ -40,6 +41,7 @@ class SamplingRow:
     prompt_tokens: TokenIds = ()  # read only with a repetition penalty
     output_tokens: TokenIds = ()  # those before the drawn one; read only with a penalty or min_tokens
     eos_token_ids: tuple[int, ...] = ()
+    allowed: BoolRow | None = None  # [vocab] what the params' grammar lets follow, at least one; None: no grammar
 
 
 SampledToken = tuple[int, TokenLogprob | None]
@@ -118,7 +120,10 @@ def draw(logits: FloatRow, row: SamplingRow) -> int:
 
 
 def adjusted_logits(logits: FloatRow, row: SamplingRow) -> FloatRow:
-    """A copy of raw logits [vocab] with bias, penalties and minimum length applied; masked tokens are -inf."""
+    """A copy of raw logits [vocab] with bias, penalties, grammar and minimum length applied.
+
+    Masked tokens are -inf; at least one is not.
+    """
     params, result = row.params, logits.copy()
     output = np.asarray(row.output_tokens, dtype=np.int64)
     if params.logit_bias:
@@ -132,10 +137,14 @@ def adjusted_logits(logits: FloatRow, row: SamplingRow) -> FloatRow:
     if len(output) and (params.frequency_penalty or params.presence_penalty):
         present, counts = np.unique(output, return_counts=True)
         result[present] -= (params.frequency_penalty * counts + params.presence_penalty).astype(np.float32)
+    if row.allowed is not None:  # after the penalties, which keep adjusted logits finite
+        np.copyto(result, -np.inf, where=~row.allowed)
     if len(output) < params.min_tokens:
         ends = [token for token in (*row.eos_token_ids, *params.stop_token_ids) if 0 <= token < len(result)]
-        if len(set(ends)) < len(result):  # with nothing else left to draw the mask cannot be kept
-            result[ends] = -np.inf
+        kept = result[ends]
+        result[ends] = -np.inf
+        if result.max() == -np.inf:  # nothing else is left to draw
+            result[ends] = kept
     return result
 
 

@@ -9,6 +9,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,8 @@ class SamplingParams:
     """Sampling of one request, with OpenAI's names and ranges; `top_k` 0 and `min_p` 0 are off.
 
     `logprobs`: None for none, else how many alternatives to report beside the chosen token. `prompt_logprobs` likewise
-    for the prompt's own tokens. `seed` None draws one. Raises RequestError naming field, value and range.
+    for the prompt's own tokens. `seed` None draws one. `grammar`: what the answer must parse as, in llguidance's
+    words (`grammar.py` makes it of a JSON schema); None: anything. Raises RequestError naming field, value and range.
     """
 
     max_tokens: int = 16
@@ -35,6 +37,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         _within("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, 2**31 - 1)
@@ -61,6 +64,20 @@ class SamplingParams:
             raise RequestError(
                 f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters", param="stop"
             )
+        if self.grammar is not None:
+            self._check_grammar(self.grammar)
+
+    def _check_grammar(self, grammar: str) -> None:
+        if self.ignore_eos:
+            raise RequestError(
+                "ignore_eos does not go with response_format or forced tool calls: the answer ends where it is complete",
+                param="ignore_eos",
+            )
+        if len(grammar) > MAX_GRAMMAR_CHARS:
+            raise RequestError(
+                f"the schema takes {len(grammar)} characters, at most {MAX_GRAMMAR_CHARS}; make it smaller",
+                param="response_format",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -69,13 +86,14 @@ class SamplingParams:
 
     @property
     def plain(self) -> bool:
-        """True where the logits are used as they are: no penalty, bias or minimum length."""
+        """True where the logits are used as they are: no penalty, bias, minimum length or grammar."""
         return (
             self.frequency_penalty == 0.0
             and self.presence_penalty == 0.0
             and self.repetition_penalty == 1.0
             and not self.logit_bias
             and self.min_tokens == 0
+            and self.grammar is None
         )
 
 

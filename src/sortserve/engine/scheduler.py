@@ -5,10 +5,10 @@ There is no prefill or decode phase: every request has tokens known and tokens c
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sortserve.engine.admission import Limits, check_request, check_strict, resolve_terms
-from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError
+from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError, RequestError
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
@@ -20,6 +20,7 @@ from sortserve.engine.protocol import (
     AcceptedEvent,
     EngineStats,
     Event,
+    FailedEvent,
     FinishedEvent,
     FinishReason,
     GenerateRequest,
@@ -47,7 +48,9 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         max_step_tokens: int = 256,
         max_running: int = 64,
+        on_end: Callable[[str], None] | None = None,
     ) -> None:
+        """`on_end` is called with the id of every request that ends, however it does."""
         self.ladder = ladder
         self.kv = kv
         self.policy = policy
@@ -59,6 +62,7 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
+        self._on_end = on_end
         self._planner = Planner(kv, self.settings)
         self._lengths = AnswerLengths()
         self._tally = Tally()
@@ -277,6 +281,10 @@ class Scheduler:
         sampling = request.asked.sampling
         if part.stop == request.num_prompt == 1 and request.num_output == 0 and sampling.prompt_logprobs is not None:
             events.append(PromptLogprobsEvent(request.id, (None,)))
+        if gave.error is not None:
+            self._end(request)
+            events.append(FailedEvent(request.id, RequestError.__name__, gave.error, "response_format"))
+            return events
         if gave.token is None:
             if part.stop == request.num_prompt and sampling.max_tokens == 0:
                 events.append(self._finish(request, "length", now))
@@ -295,10 +303,15 @@ class Scheduler:
         return events
 
     def _finish(self, request: Request, reason: FinishReason, now: float) -> FinishedEvent:
+        self._end(request)
+        return FinishedEvent(request.id, reason, request.summary(self.ladder, now))
+
+    def _end(self, request: Request) -> None:
         del self.requests[request.id]
         self.kv.free(request.kv)
         request.running = False
-        return FinishedEvent(request.id, reason, request.summary(self.ladder, now))
+        if self._on_end is not None:
+            self._on_end(request.id)
 
     # ---- inspection
 
