@@ -18,6 +18,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from sortserve.engine.errors import ModelFolderError, RequestError
+from sortserve.engine.sampling import MAX_GRAMMAR_CHARS
 from sortserve.engine.text import Tokenizer
 
 BoolRow = npt.NDArray[np.bool_]
@@ -53,6 +54,10 @@ def check_grammar(grammar: str) -> None:
     Compiles against an alphabet of single bytes, so it needs no model, and takes about 1 ms; at worst 0.5 s, without
     holding the GIL. What only shows with the model's vocabulary ends the request in the engine.
     """
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise RequestError(
+            f"it takes {len(grammar)} characters, at most {MAX_GRAMMAR_CHARS}; make it smaller", param="response_format"
+        )
     matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=_limits())
     matcher.compute_bitmask()  # a schema that only refers to itself is found out here
     if matcher.is_error():

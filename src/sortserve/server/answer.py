@@ -21,6 +21,7 @@ from sortserve.engine.protocol import (
 from sortserve.engine.text import Tokenizer
 from sortserve.engine.text_stream import TextStream
 from sortserve.server.prepare import Job
+from sortserve.server.tool_calls import ToolCall, ToolCallParser
 
 _CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
 
@@ -40,11 +41,12 @@ class Delta:
 
     text: str = ""
     entries: tuple[Entry, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def empty(self) -> bool:
         """True where there is nothing to send."""
-        return not self.text and not self.entries
+        return not self.text and not self.entries and not self.calls
 
 
 class Answer:
@@ -55,6 +57,7 @@ class Answer:
         self._tokenizer = tokenizer
         self._prompt = job.prompt_of(place)
         self._stream = TextStream(tokenizer, job.sampling.stop, self._prompt.tokens[-_CONTEXT_TOKENS:])
+        self._parser = None if job.tools is None else ToolCallParser(job.tools.names, parallel=job.tools.parallel)
         self._pending: deque[Entry] = deque()  # their text has not left, and may still turn out to be a stop string
         self._echo_chars = 0
         self.accepted: AcceptedEvent | None = None
@@ -90,7 +93,8 @@ class Answer:
         return Delta(delta.text, tuple(entries))
 
     def token(self, event: TokenEvent, now: float) -> Delta:
-        """One more token, on its way to the client at `now`. Sets `finish_reason` if it completes a stop string."""
+        """One more token, on its way to the client at `now`. Sets `finish_reason` if it completes a stop string, or the
+        only call that is wanted."""
         self.submodels[event.submodel] += 1
         self.switches += self.submodel not in (None, event.submodel)
         self.submodel = event.submodel
@@ -102,7 +106,8 @@ class Answer:
         text = self._stream.push(event.token)
         if self._stream.stopped is not None:
             self.finish_reason = "stop"
-        return Delta(text, self._release())
+        entries = self._release()
+        return Delta(text, entries) if self._parser is None else self._split(self._parser, text, entries)
 
     def finish(self, event: FinishedEvent) -> Delta:
         """The end as the engine tells it: what was held back leaves."""
@@ -112,7 +117,18 @@ class Answer:
         text = self._stream.finish()
         entries = tuple(self._pending)
         self._pending.clear()
-        return Delta(text, entries)
+        return Delta(text, entries) if self._parser is None else self._split(self._parser, text, entries)
+
+    def _split(self, parser: ToolCallParser, text: str, entries: tuple[Entry, ...]) -> Delta:
+        """Text and calls apart. An answer with calls that came to its end ended for their sake."""
+        said, calls = parser.push(text)
+        if self.finish_reason is not None:
+            said += parser.finish()
+        elif parser.complete:
+            self.finish_reason = "stop"
+        if parser.num_calls and self.finish_reason == "stop":
+            self.finish_reason = "tool_calls"
+        return Delta(said, entries, calls)
 
     def met(self, budget: Budget, arrival: float, last_time: float) -> bool:
         """Whether the budget was kept, the last token being written at `last_time`."""

@@ -26,6 +26,7 @@ from sortserve.server.prepare import Job
 from sortserve.server.sse import DONE, EventStreamResponse, event
 from sortserve.server.state import ServerState
 from sortserve.server.streams import AnswerEvent, EventStreams, unless_gone
+from sortserve.server.tool_calls import ToolCall
 
 _LOG = logging.getLogger("sortserve.server")
 
@@ -82,15 +83,21 @@ class Generation:
         streams = await self._begin()
         texts = [answer.open().text for answer in self.answers]
         entries: list[list[Any]] = [[] for _ in self.answers]
+        calls: list[list[ToolCall]] = [[] for _ in self.answers]
         async for place, got in streams.events():
             delta = self._take(streams, place, got)
             texts[place] += delta.text
             entries[place].extend(delta.entries)
+            calls[place].extend(delta.calls)
         await streams.close()
         now = time.monotonic()
         choices = [
             self._format.choice(
-                place, texts[place], entries[place] if self.job.tell_logprobs else None, answer.finish_reason or "stop"
+                place,
+                texts[place],
+                entries[place] if self.job.tell_logprobs else None,
+                answer.finish_reason or "stop",
+                calls[place],
             )
             for place, answer in enumerate(self.answers)
         ]
@@ -157,7 +164,7 @@ class Generation:
         """What leaves of one answer; `told`: with the `sortserve` object."""
         answer = self.answers[place]
         entries = delta.entries if self.job.tell_logprobs else None
-        choice = self._format.delta(place, delta.text, entries, answer.finish_reason)
+        choice = self._format.delta(place, delta.text, entries, answer.finish_reason, delta.calls)
         return self._event([choice], answer.submodel or self.submodel, told)
 
     def _event(self, choices: list[dict[str, Any]], submodel: str, told: bool) -> bytes:

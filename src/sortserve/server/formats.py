@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from sortserve.engine.text import Tokenizer
 from sortserve.server.answer import Entry
 from sortserve.server.prepare import Job
+from sortserve.server.tool_calls import ToolCall
 
 Entries = Sequence[Entry] | None  # None: no log-probabilities were asked for
 _LOWEST = -9999.0  # JSON has no minus infinity
@@ -21,11 +22,15 @@ class Format(Protocol):
         """The choice of a first chunk without text; None if there is none."""
         ...
 
-    def delta(self, place: int, text: str, entries: Entries, finish_reason: str | None) -> dict[str, Any]:
+    def delta(
+        self, place: int, text: str, entries: Entries, finish_reason: str | None, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
         """The choice of a chunk."""
         ...
 
-    def choice(self, place: int, text: str, entries: Entries, finish_reason: str) -> dict[str, Any]:
+    def choice(
+        self, place: int, text: str, entries: Entries, finish_reason: str, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
         """The choice of a whole answer."""
         ...
 
@@ -43,12 +48,16 @@ class CompletionFormat:
         """Completions begin with text."""
         return None
 
-    def delta(self, place: int, text: str, entries: Entries, finish_reason: str | None) -> dict[str, Any]:
-        """Chunks and whole answers have the same shape."""
+    def delta(
+        self, place: int, text: str, entries: Entries, finish_reason: str | None, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
+        """Chunks and whole answers have the same shape. There are no `calls` here."""
         logprobs = self._logprobs(entries) if entries else None
         return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def choice(self, place: int, text: str, entries: Entries, finish_reason: str) -> dict[str, Any]:
+    def choice(
+        self, place: int, text: str, entries: Entries, finish_reason: str, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
         """The same with empty lists where nothing was generated."""
         logprobs = None if entries is None else self._logprobs(entries)
         return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -86,15 +95,24 @@ class ChatFormat:
         delta = {"role": "assistant", "content": ""}
         return {"index": place, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(self, place: int, text: str, entries: Entries, finish_reason: str | None) -> dict[str, Any]:
+    def delta(
+        self, place: int, text: str, entries: Entries, finish_reason: str | None, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
         """The choice of a chunk."""
         logprobs = self._logprobs(entries) if entries else None
-        delta = {"content": text} if text else {}
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in calls]
         return {"index": place, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def choice(self, place: int, text: str, entries: Entries, finish_reason: str) -> dict[str, Any]:
+    def choice(
+        self, place: int, text: str, entries: Entries, finish_reason: str, calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
         """The choice of a whole answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = [_call(call) for call in calls]
         logprobs = None if entries is None else self._logprobs(entries)
         return {"index": place, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -114,6 +132,10 @@ class ChatFormat:
 def format_of(job: Job, tokenizer: Tokenizer) -> Format:
     """The format of the job's endpoint."""
     return ChatFormat(tokenizer) if job.endpoint == "chat" else CompletionFormat(tokenizer)
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _finite(logprob: float) -> float:

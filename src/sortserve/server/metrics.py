@@ -29,7 +29,7 @@ class Served:
 
     endpoint: str
     status: int
-    finish_reason: str  # stop, length, abort, error or none (refused)
+    finish_reason: str  # stop, tool_calls, length, abort, error or none (refused)
     duration: float
     submodel: str = NO_SUBMODEL
     policy: str | None = None  # of the budget; None without one

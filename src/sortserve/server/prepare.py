@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from sortserve.engine.errors import ContextLengthError, RequestError
 from sortserve.engine.protocol import EngineInfo, GenerateRequest
 from sortserve.engine.sampling import SamplingParams
-from sortserve.engine.text import LONG_TEXT_CHARS
+from sortserve.engine.text import LONG_TEXT_CHARS, Tokenizer
 from sortserve.server.budget_headers import Terms, read_terms
 from sortserve.server.keys import NO_BOUNDS, Bounds
 from sortserve.server.schemas import (
@@ -22,6 +22,7 @@ from sortserve.server.schemas import (
     GenerationFields,
 )
 from sortserve.server.state import ServerState
+from sortserve.server.structured import ToolUse, check_template, grammar_of, tool_use
 
 DEFAULT_COMPLETION_TOKENS = 16
 T = TypeVar("T")
@@ -54,6 +55,7 @@ class Job:
     usage_in_every_chunk: bool = False
     echo: bool = False
     tell_logprobs: bool = False
+    tools: ToolUse | None = None  # None: calls are not looked for
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -107,7 +109,10 @@ async def prepare_completion(
     _check_context(longest, max_tokens, info)
     echo = bool(body.echo)
     wants_prompt_logprobs = echo and (body.logprobs is not None or max_tokens == 0)
-    sampling = _sampling(body, info, max_tokens, body.logprobs, (body.logprobs or 0) if wants_prompt_logprobs else None)
+    grammar = await _grammar(body, None, state)
+    sampling = _sampling(
+        body, info, max_tokens, body.logprobs, (body.logprobs or 0) if wants_prompt_logprobs else None, grammar
+    )
     return _job("completions", body, prompts, sampling, terms, arrival, info, echo, body.logprobs is not None)
 
 
@@ -119,17 +124,20 @@ async def prepare_chat(
     pinned, info = state.model_and_pin(body.model), state.backend.info
     terms = _terms(body, headers, state, pinned, bounds)
     messages = [message.for_template() for message in body.messages]
-    num_chars = sum(len(str(message["content"])) for message in messages)
-    tokens = await _maybe_in_thread(num_chars, lambda: state.tokenizer.chat(messages))
+    tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
+    _check_tools(tools, messages, state.tokenizer)
+    shown = {} if tools is None else {"tools": [tool.for_template() for tool in body.tools or ()]}
+    num_chars = sum(len(str(message["content"])) for message in messages) + len(str(shown))
+    tokens = await _maybe_in_thread(num_chars, lambda: state.tokenizer.chat(messages, **shown))
     asked = body.asked_max_tokens()
     # one more than fits where nothing is left, so that the error names the prompt's length and the limit
     max_tokens = max(1, info.max_model_len - len(tokens)) if asked is None else asked
     _check_prompt(tokens, info, "messages")
     _check_context(len(tokens), max_tokens, info, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = _sampling(body, info, max_tokens, logprobs, None)
+    sampling = _sampling(body, info, max_tokens, logprobs, None, await _grammar(body, tools, state))
     prompts = (Prompt(tuple(tokens)),)
-    return _job("chat", body, prompts, sampling, terms, arrival, info, False, logprobs is not None)
+    return _job("chat", body, prompts, sampling, terms, arrival, info, False, logprobs is not None, tools)
 
 
 def _job(
@@ -142,6 +150,7 @@ def _job(
     info: EngineInfo,
     echo: bool,
     tell_logprobs: bool,
+    tools: ToolUse | None = None,
 ) -> Job:
     options = body.stream_options
     return Job(
@@ -159,7 +168,36 @@ def _job(
         options is not None and options.continuous_usage_stats,
         echo,
         tell_logprobs,
+        tools,
     )
+
+
+def _check_tools(tools: ToolUse | None, messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> None:
+    """Raise RequestError for tools, or messages about them, that the chat template would not show to the model."""
+    if tools is not None:
+        check_template(tokenizer)
+    elif "tools" not in (tokenizer.chat_template or ""):
+        for message in messages:
+            if message["role"] == "tool" or "tool_calls" in message:
+                raise RequestError(
+                    "messages: this model's chat template takes no tools; leave messages of role tool and tool_calls out",
+                    param="messages",
+                )
+
+
+async def _grammar(body: GenerationFields, tools: ToolUse | None, state: ServerState) -> str | None:
+    """What the answer must parse as. Raises RequestError where that cannot be had, with the field and the reason."""
+    wanted = body.response_format
+    if tools is None and (wanted is None or wanted.type == "text"):
+        return None
+    grammar = await asyncio.to_thread(grammar_of, wanted, tools)
+    if grammar is not None and not (state.tokenizer.exact_bytes and state.backend.info.eos_token_ids):
+        raise RequestError(
+            "this model's tokenizer has no bytes of its own for each token, or no end of sequence, and cannot be kept to a "
+            "grammar; leave response_format and forced tool calls out",
+            param="response_format" if tools is None else "tools",
+        )
+    return grammar
 
 
 def _terms(body: GenerationFields, headers: Headers, state: ServerState, pinned: str | None, bounds: Bounds) -> Terms:
@@ -177,7 +215,12 @@ def _terms(body: GenerationFields, headers: Headers, state: ServerState, pinned:
 
 
 def _sampling(
-    body: GenerationFields, info: EngineInfo, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    body: GenerationFields,
+    info: EngineInfo,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """SamplingParams from the fields given; the rest keeps its defaults. Raises RequestError."""
     given: dict[str, Any] = {
@@ -193,6 +236,7 @@ def _sampling(
         "min_tokens": body.min_tokens,
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "grammar": grammar,
         "logit_bias": None if body.logit_bias is None else _logit_bias(body.logit_bias, info.vocab_size),
         "stop": (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
     }

@@ -4,12 +4,14 @@ Ranges that SamplingParams or Budget check are left to them, so that the same wo
 Unknown fields are kept aside (`model_extra`) for a log line; `unsupported` names known ones that are not served.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sortserve.engine.errors import RequestError
+from sortserve.server.structured import ResponseFormat, Tool, ToolChoice
 
 MAX_CHOICES = 16
 MAX_SEQUENCES = 1024  # prompts x n of one request
@@ -25,14 +27,6 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
-
-
-class ResponseFormat(BaseModel):
-    """`response_format`: only `text` is served."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    type: str
 
 
 class GenerationFields(BaseModel):
@@ -64,8 +58,9 @@ class GenerationFields(BaseModel):
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
     echo: bool | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     latency_budget_ms: float | str | None = None
     latency_budget_ttft_ms: float | str | None = None
@@ -78,13 +73,8 @@ class GenerationFields(BaseModel):
 
     def unsupported(self) -> Iterator[tuple[str, str]]:
         """(field, why) of each known field whose value is not served."""
-        if self.response_format is not None and self.response_format.type != "text":
-            yield "response_format", f"type {self.response_format.type[:64]!r} is not supported, only text is"
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                yield name, "tool calls are not supported; leave the field out"
-        if self.tool_choice not in (None, "none", "auto"):
-            yield "tool_choice", "tool calls are not supported; leave the field out"
+        if self.functions:
+            yield "functions", "is not supported any more; use tools"
         if self.best_of not in (None, 1, self.n):
             yield "best_of", f"is {self.best_of}, only the value of n is supported"
         if self.priority not in (None, 0):
@@ -126,6 +116,9 @@ class CompletionRequest(GenerationFields):
     def unsupported(self) -> Iterator[tuple[str, str]]:
         """Also `suffix`: these models continue, they do not fill in."""
         yield from super().unsupported()
+        for field in ("tools", "tool_choice"):
+            if getattr(self, field) not in (None, [], "none", "auto"):
+                yield field, "is only supported by /v1/chat/completions"
         if self.suffix:
             yield "suffix", "is not supported; leave it out"
 
@@ -139,6 +132,39 @@ class ContentPart(BaseModel):
     text: str | None = None
 
 
+class MessageFunction(BaseModel):
+    """The function of an earlier call; `arguments` is the text of a JSON object."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str
+    arguments: str
+
+    def for_template(self) -> dict[str, Any]:
+        """The arguments as an object: templates write JSON themselves. Raises RequestError if they are none."""
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"messages: the arguments of a call of {self.name[:64]!r} are not JSON: {error}", param="messages"
+            ) from error
+        if not isinstance(arguments, dict):
+            raise RequestError(
+                f"messages: the arguments of a call of {self.name[:64]!r} are no JSON object", param="messages"
+            )
+        return {"name": self.name, "arguments": arguments}
+
+
+class MessageToolCall(BaseModel):
+    """A call that an earlier answer made."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: MessageFunction
+
+
 class ChatMessage(BaseModel):
     """One message; further fields are handed to the chat template as they are."""
 
@@ -146,6 +172,7 @@ class ChatMessage(BaseModel):
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
+    tool_calls: list[MessageToolCall] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The message with its content as one string. Raises RequestError for parts that are not text."""
@@ -157,7 +184,12 @@ class ChatMessage(BaseModel):
                         f"message content of type {part.type[:64]!r} is not supported, only text is", param="messages"
                     )
             content = "".join(part.text or "" for part in content)
-        return {**(self.model_extra or {}), "role": self.role, "content": "" if content is None else content}
+        message = {**(self.model_extra or {}), "role": self.role, "content": "" if content is None else content}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": call.type, "function": call.function.for_template()} for call in self.tool_calls
+            ]
+        return message
 
 
 class ChatCompletionRequest(GenerationFields):
