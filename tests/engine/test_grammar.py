@@ -211,6 +211,46 @@ def test_padded_and_special_ids_are_never_allowed(grammars: Grammars) -> None:
     grammars.drop("pad")
 
 
+ORDINARY: dict[str, tuple[dict[str, Any], Any]] = {
+    "long strings": (
+        {"properties": {f"p{most}": {"type": "string", "maxLength": most} for most in (200, 4000, 20_000)}},
+        {f"p{most}": "The quick brown fox jumps, é€ 日本 over. " * min(most // 45, 60) for most in (200, 4000, 20_000)},
+    ),
+    "formats": (
+        {"properties": {
+            "id": {"type": "string", "format": "uuid"}, "mail": {"type": "string", "format": "email"},
+            "when": {"type": "string", "format": "date-time"},
+            "code": {"type": "string", "pattern": "^[A-Z]{2,4}-\\d{3,8}$"},
+            "note": {"type": "string", "pattern": "^.{10,300}$"}}},
+        {"id": "123e4567-e89b-12d3-a456-426614174000", "mail": "ada.lovelace@example.co.uk",
+         "when": "2026-11-22T06:00:00Z", "code": "ABC-12345", "note": "some longer note of more than ten, " * 8},
+    ),
+    "many properties": (
+        {"properties": {f"p{i}": {"type": "object", "properties": {f"q{j}": {"type": ["string", "null"]} for j in range(8)}}
+                        for i in range(40)}},
+        {f"p{i}": {f"q{j}": "x" for j in range(8)} for i in range(40)},
+    ),
+    "a tree": ({"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {
+        "value": {"type": "number"}, "below": {"type": "array", "items": {"$ref": "#/$defs/n"}}}}}},
+        {"value": -1.5e3, "below": [{"value": 2, "below": []}] * 30}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "value"), ORDINARY.values(), ids=ORDINARY)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_ordinary_schemas_are_within_the_limits(
+    grammars: Grammars, schema: dict[str, Any], value: Any, indent: int | None
+) -> None:
+    """The limits on cost once were so low that a string of maxLength 200 broke off after 6 tokens."""
+    grammar = json_grammar({"type": "object", **schema} if "$ref" not in schema else schema)
+    check_grammar(grammar)
+    tokens = TOKENIZER.encode(json.dumps(value, indent=indent, ensure_ascii=False), add_special_tokens=False)
+    for count in range(len(tokens) + 1):
+        allowed = grammars.allowed("ordinary", grammar, tokens[:count])
+        assert allowed[[*tokens, EOS][count]], count
+    grammars.drop("ordinary")
+
+
 def test_what_may_follow_does_not_depend_on_what_was_kept(grammars: Grammars) -> None:
     """Shorter, longer and unknown outputs in any order give what a new matcher gives."""
     rng = random.Random(3)

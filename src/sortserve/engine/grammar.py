@@ -153,12 +153,13 @@ def _byte_tokenizer() -> LLTokenizer:
 
 @cache
 def _limits() -> LLParserLimits:
-    """Bounds on what one grammar may cost. The library's own let `((a{1000}){1000}){1000}` take 1.5 s in a step, these
-    0.2 s; a schema of 500 properties compiles in 35 ms under both."""
+    """Bounds on what one grammar may cost. The library's own let `((a{1000}){1000}){1000}` take 1.4 s in a step, these
+    0.07 s; a schema of 500 properties compiles in 35 ms under both. A tenth of the fuel was too little for a string of
+    maxLength 200."""
     return LLParserLimits(
         initial_lexer_fuel=100_000,
-        step_lexer_fuel=5_000,
-        step_max_items=10_000,
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
         max_items_in_row=1_000,
         max_lexer_states=50_000,  # about 0.4 kB each; a string with a maxLength needs 6 for each character
         max_grammar_size=5_000,
