@@ -171,7 +171,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"request_id": "a\nb"}, "request_id"),
     ({"request_id": ""}, "request_id"),
     ({"suffix": "end"}, "suffix"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "yaml"}}, "response_format"),
     ({"tools": [{}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"latency_budget_ms": True}, "latency_budget_ms"),
