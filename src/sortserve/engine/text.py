@@ -99,7 +99,7 @@ class Tokenizer:
         names = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", "add_generation_prompt": True}
         try:
             return self._template.render(messages=messages, **(names | variables))
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:

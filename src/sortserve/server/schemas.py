@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sortserve.engine.errors import RequestError
-from sortserve.server.structured import ResponseFormat, Tool, ToolChoice
+from sortserve.server.structured import MAX_TOOLS, ResponseFormat, ToolChoice, Tools
 
 MAX_CHOICES = 16
 MAX_SEQUENCES = 1024  # prompts x n of one request
@@ -58,7 +58,7 @@ class GenerationFields(BaseModel):
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
     echo: bool | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
@@ -172,7 +172,7 @@ class ChatMessage(BaseModel):
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[ContentPart] | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The message with its content as one string. Raises RequestError for parts that are not text."""

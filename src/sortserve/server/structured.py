@@ -69,6 +69,10 @@ class Tool(BaseModel):
             ) from error
 
 
+# Validation ends at the first wrong item: a body of 4 MiB holds a million of them.
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
 class NamedFunction(BaseModel):
     """The function that must be called."""
 
@@ -107,8 +111,6 @@ def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: 
     """What the three fields ask for together; None where nothing may be called. Raises RequestError."""
     functions = tuple(tool.function for tool in tools or ())
     names = [function.name for function in functions]
-    if len(names) > MAX_TOOLS:
-        raise RequestError(f"tools has {len(names)} functions, at most {MAX_TOOLS}", param="tools")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise RequestError(f"tools has the function {twice!r} twice; give each a name of its own", param="tools")
