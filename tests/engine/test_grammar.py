@@ -20,6 +20,7 @@ from sortserve.engine.engine import Engine
 from sortserve.engine.errors import RequestError
 from sortserve.engine.grammar import MOST_MATCHERS, Grammars, check_grammar, json_grammar
 from sortserve.engine.llm import LLM
+from sortserve.engine.messages import Submit, decode_command, encode
 from sortserve.engine.protocol import Event, FailedEvent, FinishedEvent, TokenEvent
 from sortserve.engine.sampler import Sampler, SamplingRow
 from sortserve.engine.sampling import MAX_GRAMMAR_CHARS, SamplingParams
@@ -121,7 +122,7 @@ def strings(least: int, more: int) -> dict[str, Any]:
     return {"type": "string", "minLength": least, "maxLength": least + more}
 
 
-VALUES = st.one_of(st.integers(), st.text(max_size=6), st.none(), st.booleans())
+VALUES = st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=6), st.none(), st.booleans())
 LEAVES = st.one_of(
     st.sampled_from(({"type": "boolean"}, {"type": ["integer", "null"], "minimum": -5, "maximum": 5})),
     st.builds(integers, st.integers(-(10**6), 10**6), st.integers(0, 10**6)),
@@ -456,8 +457,16 @@ def test_a_schema_that_cannot_be_served_is_refused(grammars: Grammars, name: str
     assert refused.value.param == "response_format"
     assert 10 < len(refused.value.message) < 400
     with pytest.raises(RequestError):
-        grammars.allowed("bomb", json_grammar(schema), ())
+        grammars.allowed("bomb", json.dumps({"grammars": [{"json_schema": schema}]}), ())
     assert len(grammars) == 0
+
+
+@pytest.mark.parametrize("schema", [{"enum": [1, 2**53 + 1]}, {"items": {"const": -(2**60)}}, {"const": 10**5000}])
+def test_integers_that_doubles_do_not_have_are_refused(schema: dict[str, Any]) -> None:
+    """llguidance reads numbers as doubles: an enum of 2**53 + 1 gave answers of 2**53."""
+    with pytest.raises(RequestError, match=r"2\*\*53"):
+        json_grammar(schema)
+    json_grammar({"properties": {"const": {"maximum": 2**63 - 1}}, "enum": [2**53, 1.5e300]})
 
 
 def test_the_reason_names_the_keyword() -> None:
@@ -527,6 +536,11 @@ def test_a_model_that_cannot_end_is_refused(tmp_path: Path) -> None:
         Grammars(BUNDLED, PADDED, ()).allowed("r", json_grammar({}), ())
     with pytest.raises(RequestError, match=r"tokenizer\.json"):
         Grammars(tmp_path, PADDED, (EOS,)).allowed("r", json_grammar({}), ())
+
+
+def test_a_grammar_crosses_to_the_engine_process() -> None:
+    command = Submit(ask("r", [5], constrained(PERSON)))
+    assert decode_command(encode(command)) == command
 
 
 def test_parameters_that_do_not_go_together() -> None:

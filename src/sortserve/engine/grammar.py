@@ -29,19 +29,37 @@ MOST_MATCHERS = 64
 _WHITESPACE = r"[ \t\r\n]{1,32}"
 """Between two tokens of JSON. Without an end to it a model may write blanks until max_tokens."""
 
+_MOST_EXACT = 2**53
 _SHOWN_CHARS = 300  # of a reason
 
 
 def schema_with_options(schema: Mapping[str, Any], *, lenient: bool = False) -> dict[str, Any]:
     """The schema as llguidance is to read it; `lenient`: what it cannot enforce is passed over instead of refused.
 
-    Options that the schema brings along are replaced: they belong to the server.
+    Options that the schema brings along are replaced: they belong to the server. Raises RequestError for an integer in
+    `enum` or `const` that llguidance, which reads numbers as doubles, would change.
     """
+    pending: list[Any] = [schema]
+    while pending:
+        value = pending.pop()
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            _check_exact(value.get("const"))
+            _check_exact(*value["enum"] if isinstance(value.get("enum"), list) else ())
     return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": lenient, "coerce_one_of": lenient}}
 
 
+def _check_exact(*values: Any) -> None:
+    for value in values:
+        if isinstance(value, int) and abs(value) > _MOST_EXACT:
+            raise RequestError(
+                f"enum and const hold integers up to 2**53, not one of {value.bit_length()} bits",
+                param="response_format",
+            )
+
+
 def json_grammar(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
-    """The grammar of JSON that is valid under a JSON schema. Raises RequestError if the schema is nested too deep."""
+    """The grammar of JSON that is valid under a JSON schema. Raises RequestError for one that cannot be written down."""
     try:
         return json.dumps({"grammars": [{"json_schema": schema_with_options(schema, lenient=lenient)}]})
     except RecursionError as error:

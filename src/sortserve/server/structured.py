@@ -4,7 +4,8 @@ Tools are served in the Hermes form (`tool_calls.py`), which the model learns fr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -158,16 +159,23 @@ def grammar_of(response_format: ResponseFormat | None, tools: ToolUse | None) ->
     Raises RequestError, naming the field and the reason, for a schema that cannot be enforced.
     """
     schema = _answer_schema(response_format)
-    alone = None if schema is None else _checked(json_grammar(schema), "response_format")
+    alone = None
+    if schema is not None:
+        with _named("response_format"):
+            alone = json_grammar(schema)
+            check_grammar(alone)
     if tools is None:
         return alone
     enforced = [function for function in tools.functions if function.strict or tools.forced]
     if not enforced and schema is None:
         return None
     for function in enforced:
-        rule = json_grammar(_arguments(function), lenient=not function.strict)
-        _checked(rule, "tools", f"function {function.name}: ")
-    return _checked(_tool_grammar(tools, schema), "tools")
+        with _named("tools", f"function {function.name}: "):
+            check_grammar(json_grammar(_arguments(function), lenient=not function.strict))
+    with _named("tools"):
+        grammar = _tool_grammar(tools, schema)
+        check_grammar(grammar)
+    return grammar
 
 
 def _answer_schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
@@ -184,13 +192,13 @@ def _arguments(function: Function) -> dict[str, Any]:
     return {"type": "object", **(function.parameters or {})}
 
 
-def _checked(grammar: str, param: str, where: str = "") -> str:
-    """The grammar, if it can be served."""
+@contextmanager
+def _named(param: str, where: str = "") -> Iterator[None]:
+    """Lets a RequestError name the field that is at fault."""
     try:
-        check_grammar(grammar)
+        yield
     except RequestError as error:
         raise RequestError(f"{param}: {where}{error.message}", param=param) from error
-    return grammar
 
 
 def _tool_grammar(tools: ToolUse, schema: dict[str, Any] | None) -> str:
