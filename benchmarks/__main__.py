@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import decode, one_set, submodels, switching
+from benchmarks import decode, http, one_set, submodels, switching
 from benchmarks.common import DEFAULT_MODEL
 
-BENCHMARKS = {"decode": decode.run, "submodels": submodels.run, "switching": switching.run, "one_set": one_set.run}
+BENCHMARKS = {"decode": decode.run, "submodels": submodels.run, "switching": switching.run, "one_set": one_set.run, "http": http.run}
 
 
 def main() -> None:
