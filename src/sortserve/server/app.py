@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 import sortserve
 from sortserve.engine.protocol import Backend
 from sortserve.engine.text import Tokenizer
+from sortserve.server.console import console_routes
 from sortserve.server.context import EXPOSED_HEADERS, ContextMiddleware
 from sortserve.server.errors import install_error_handlers
 from sortserve.server.routes import generation_routes, model_routes, operation_routes
@@ -52,6 +53,7 @@ def create_app(
     install_error_handlers(app)
     for routes in (generation_routes, model_routes, operation_routes):
         app.include_router(routes(state))
+    app.include_router(console_routes())
     app.add_middleware(ContextMiddleware, state=state, tracing=tracing)
     if state.options.allow_origins:
         app.add_middleware(

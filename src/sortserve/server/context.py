@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.engine import logs
 from sortserve.engine.errors import AuthenticationError, PayloadTooLargeError, RateLimitedError, SortServeError
+from sortserve.server.console import PREFIX as CONSOLE_PREFIX
 from sortserve.server.errors import error_response, internal_error_response
 from sortserve.server.logs import prompt_fields, request_fields
 from sortserve.server.record import CLIENT_GONE, Record
@@ -98,7 +99,8 @@ class ContextMiddleware:
         """Find the request's key and count the request. Raises AuthenticationError where a key is needed and the one
         sent is none, RateLimitedError where it has been used too often."""
         keys = self._state.keys
-        if keys.open or scope["method"] == "OPTIONS" or scope["path"] in _WITHOUT_KEY:
+        free = scope["path"] in _WITHOUT_KEY or scope["path"].startswith(CONSOLE_PREFIX)
+        if keys.open or scope["method"] == "OPTIONS" or free:
             return
         given = Headers(scope=scope).getlist("authorization")
         scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
