@@ -67,7 +67,8 @@ function optionsOf(latest) {
         gap: 6,
         space: 34,
         grid: { stroke: variable("--line"), width: 1 },
-        values: (chart, values) => values.map((value) => latest.current.format(value)),
+        // null: uPlot has left that number out
+        values: (chart, values) => values.map((value) => (value === null ? "" : latest.current.format(value))),
       },
     ],
     series: [{}, ...latest.current.series.map((_, place) => seriesOf(latest, place))],

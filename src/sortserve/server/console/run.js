@@ -40,21 +40,23 @@ export class Run {
       const answer = await api.generate(request.path, request.body, request.headers, controller.signal);
       this.#head(answer.headers);
       for await (const chunk of answer.chunks) {
-        if (controller !== this.controller) return;
+        if (controller !== this.controller || controller.signal.aborted) return;
         this.#take(chunk);
         this.changed();
       }
       this.#end("done");
     } catch (reason) {
-      if (controller !== this.controller) return; // another answer has taken its place
-      this.error = controller.signal.aborted ? null : asError(reason);
-      this.#end(controller.signal.aborted ? "stopped" : "failed");
+      if (controller !== this.controller || controller.signal.aborted) return; // stopped, or another took its place
+      this.error = asError(reason);
+      this.#end("failed");
     }
   }
 
-  /** Stop it, if it is under way. */
+  /** Stop it, if it is under way: the server hears of it by the connection that closes. */
   stop() {
-    this.controller?.abort();
+    if (!this.busy) return;
+    this.controller.abort();
+    this.#end("stopped");
   }
 
   #clear(state) {

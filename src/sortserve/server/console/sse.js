@@ -1,14 +1,15 @@
 // Server-sent events out of a byte stream: the `data` of each event, whatever way the bytes were cut into packets.
 
-/** Yields the data of each event. Cancels the stream when the reader stops early. */
+/** Yields the data of each event. Lets go of the stream when the reader stops early. */
 export async function* serverSentEvents(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = stream.getReader();
+  const decoder = new TextDecoder(); // it keeps what is cut within a character
   let rest = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      const blocks = (rest + value).replaceAll("\r\n", "\n").split("\n\n");
+      const blocks = (rest + decoder.decode(value, { stream: true })).replaceAll("\r\n", "\n").split("\n\n");
       rest = blocks.pop();
       for (const block of blocks) {
         const data = dataOf(block);
@@ -16,7 +17,7 @@ export async function* serverSentEvents(stream) {
       }
     }
   } finally {
-    await reader.cancel().catch(() => {}); // already closed or aborted: nothing is left to cancel
+    reader.cancel().catch(() => {}); // already closed or aborted: nothing is left to cancel
   }
 }
 
