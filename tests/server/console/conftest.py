@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.server.test_bundled import Server, serving
 
-try:
-    from tests.server.console.browser import Console, chromium, console_page, executable
-except ImportError:  # without the test extra
-    executable = lambda: None  # type: ignore[assignment]  # noqa: E731
+if TYPE_CHECKING:
+    from tests.server.console.browser import Console
 
 OpenPage = Callable[..., AbstractContextManager["Console"]]
 
@@ -22,9 +20,12 @@ def console_server() -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture(scope="package")
+# not longer than a module: while it is open a loop runs in this thread, and asynchronous tests elsewhere need it
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     pytest.importorskip("playwright", reason="Playwright is not installed: pip install -e .[test]")
+    from tests.server.console.browser import chromium, executable
+
     path = executable()
     if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium, or name one in $CHROMIUM")
@@ -35,6 +36,8 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def open_page(browser: Any) -> OpenPage:
     """Open a page with a context of your own making."""
+    from tests.server.console.browser import console_page
+
     return lambda **context: console_page(browser, **context)
 
 

@@ -4,6 +4,9 @@ import re
 from typing import Any
 
 import pytest
+
+pytest.importorskip("playwright", reason="Playwright is not installed: pip install -e .[test]")
+
 from playwright.sync_api import Page, expect
 
 from tests.server.console.browser import Console
@@ -34,9 +37,15 @@ def test_axe_finds_nothing(open_page: OpenPage, console_server: Server, view: st
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     with open_page(color_scheme=scheme, reduced_motion="reduce") as console:
         show(console, console_server, view)
-        found = axe.Axe().run(console.page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        found = axe.Axe().run(
+            console.page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]}
+        )
         assert found.response["passes"], "it ran"
-        told = [(rule["id"], node["html"][:160], node["failureSummary"]) for rule in found.response["violations"] for node in rule["nodes"]]
+        told = [
+            (rule["id"], node["html"][:160], node["failureSummary"])
+            for rule in found.response["violations"]
+            for node in rule["nodes"]
+        ]
         assert told == []
 
 
@@ -49,7 +58,9 @@ def test_nothing_is_wider_than_a_phone(open_page: OpenPage, console_server: Serv
 
 
 def focused(page: Page) -> str:
-    return str(page.evaluate("document.activeElement.id || document.activeElement.innerText || document.activeElement.tagName"))
+    return str(
+        page.evaluate("document.activeElement.id || document.activeElement.innerText || document.activeElement.tagName")
+    )
 
 
 def press_until(page: Page, key: str, name: str, most: int = 40) -> None:
@@ -82,7 +93,9 @@ def test_with_the_keyboard_only(console: Console) -> None:
 
     press_until(page, "Shift+Tab", "^prompt$")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("() => document.querySelector('.playground > [role=status]').innerText.includes('12 tokens')")
+    page.wait_for_function(
+        "() => document.querySelector('.playground > [role=status]').innerText.includes('12 tokens')"
+    )
     press_until(page, "Shift+Tab", "^tab-playground$")
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("tab", name="Live")).to_have_attribute("aria-selected", "true")
@@ -113,13 +126,16 @@ def test_focus_is_seen(console: Console) -> None:
     seen = []
     for _ in range(12):
         page.keyboard.press("Tab")
-        seen.append(page.evaluate(
-            """() => {
+        seen.append(
+            page.evaluate(
+                """() => {
               const element = document.activeElement;
               const shown = [element, element.nextElementSibling].filter(Boolean).map((one) => getComputedStyle(one));
-              return [element.outerHTML.slice(0, 90), shown.some((style) => style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2)];
+              const outlined = ({ outlineStyle, outlineWidth }) => outlineStyle !== "none" && parseFloat(outlineWidth) >= 2;
+              return [element.outerHTML.slice(0, 90), shown.some(outlined)];
             }"""
-        ))
+            )
+        )
     assert [html for html, outlined in seen if not outlined] == []
 
 
@@ -129,7 +145,8 @@ def test_the_end_is_announced_and_the_tokens_are_not(console: Console) -> None:
         """() => {
           window.announced = [];
           const watched = document.querySelector(".playground > [role=status]");
-          new MutationObserver(() => window.announced.push(watched.innerText)).observe(watched, { childList: true, characterData: true, subtree: true });
+          const said = new MutationObserver(() => window.announced.push(watched.innerText));
+          said.observe(watched, { childList: true, characterData: true, subtree: true });
         }"""
     )
     console.set_number("Max tokens", 64)
@@ -137,7 +154,9 @@ def test_the_end_is_announced_and_the_tokens_are_not(console: Console) -> None:
     page.wait_for_function("() => window.announced.some((text) => text.includes('64 tokens in'))")
     announced: list[Any] = page.evaluate("window.announced")
     assert len(announced) <= 4, announced
-    assert page.locator(".answer-text").evaluate("text => text.closest('[aria-live], [role=status], [role=log]')") is None
+    assert (
+        page.locator(".answer-text").evaluate("text => text.closest('[aria-live], [role=status], [role=log]')") is None
+    )
 
 
 def test_no_movement_for_who_wants_none(open_page: OpenPage, console_server: Server) -> None:
@@ -155,7 +174,9 @@ def test_the_theme_follows_the_system(open_page: OpenPage, console_server: Serve
     for scheme in ("light", "dark"):
         with open_page(color_scheme=scheme) as console:
             console.open(console_server.url)
-            grounds[scheme] = console.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+            grounds[scheme] = console.page.evaluate(
+                "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+            )
             assert console.complaints == []
     assert min(grounds["light"]) > 200
     assert max(grounds["dark"]) < 60

@@ -1,6 +1,7 @@
 """What the server sends for the page, without a browser: the closed list, its headers, and what the files may refer to."""
 
 import hashlib
+import importlib
 import re
 import shutil
 import zipfile
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import setuptools.build_meta
 
 from sortserve.server.console import FOLDER, load_files
 from sortserve.server.state import ServerOptions
@@ -56,7 +56,16 @@ async def test_every_file_is_served_with_its_type_and_kept_until_it_changes(clie
 
 @pytest.mark.parametrize(
     "name",
-    ["nothing.js", "", "../console.py", "%2e%2e/console.py", "vendor/README.md", "vendor/LICENSE-htm", "vendor", "/etc/passwd"],
+    [
+        "nothing.js",
+        "",
+        "../console.py",
+        "%2e%2e/console.py",
+        "vendor/README.md",
+        "vendor/LICENSE-htm",
+        "vendor",
+        "/etc/passwd",
+    ],
 )
 async def test_nothing_else_is_served(client: httpx.AsyncClient, name: str) -> None:
     response = await client.get(f"/console/{name}")
@@ -68,7 +77,14 @@ async def test_the_page_needs_no_key_and_the_rest_still_does() -> None:
     async with open_client(FakeBackend(), ServerOptions(api_keys=("secret",))) as client:
         for path in ("/", "/console/app.js", "/console/vendor/uPlot.esm.js", "/console/nothing.js"):
             assert (await client.get(path)).status_code != 401, path
-        for path in ("/v1/submodels", "/tokenizer_info", "/console", "/consolex", "//console/app.js", "/v1/models/console/"):
+        for path in (
+            "/v1/submodels",
+            "/tokenizer_info",
+            "/console",
+            "/consolex",
+            "//console/app.js",
+            "/v1/models/console/",
+        ):
             assert (await client.get(path)).status_code == 401, path
 
 
@@ -120,7 +136,7 @@ def test_a_wheel_has_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (package / "server" / "console.py").write_text("")
     shutil.copytree(FOLDER, package / "server" / "console")
     monkeypatch.chdir(source)
-    wheel = setuptools.build_meta.build_wheel(str(tmp_path))
+    wheel = importlib.import_module("setuptools.build_meta").build_wheel(str(tmp_path))
     names = zipfile.ZipFile(tmp_path / wheel).namelist()
     expected = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file()}
     assert {name.removeprefix("sortserve/server/console/") for name in names if "/console/" in name} == expected

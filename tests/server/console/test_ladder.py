@@ -4,6 +4,9 @@ import re
 
 import httpx
 import pytest
+
+pytest.importorskip("playwright", reason="Playwright is not installed: pip install -e .[test]")
+
 from playwright.sync_api import Route, expect
 
 from tests.server.console.browser import Console

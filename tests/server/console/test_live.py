@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+
+pytest.importorskip("playwright", reason="Playwright is not installed: pip install -e .[test]")
+
 from playwright.sync_api import Page, Route, expect
 
 from tests.server.console.browser import PATIENCE_MS, Console
@@ -76,7 +79,8 @@ def test_the_charts_are_drawn(console: Console, console_server: Server) -> None:
           const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
           let coloured = 0;
           for (let at = 0; at < data.length; at += 4) {
-            coloured += data[at + 3] > 0 && Math.max(data[at], data[at + 1], data[at + 2]) - Math.min(data[at], data[at + 1], data[at + 2]) > 60;
+            const rgb = data.slice(at, at + 3);
+            coloured += data[at + 3] > 0 && Math.max(...rgb) - Math.min(...rgb) > 60;
           }
           return coloured;
         }"""
@@ -112,7 +116,7 @@ def test_the_server_goes_away_and_another_one_comes(open_page: OpenPage) -> None
             until(page, lambda: (number(page, "tokens") or 0) > 0)
         expect(page.locator(".phase")).to_have_text("not reachable")
         expect(page.locator(".notice")).to_contain_text("cannot be reached")
-        assert "–" in page.locator("[data-metric='tokens']").inner_text()
+        assert "\N{EN DASH}" in page.locator("[data-metric='tokens']").inner_text()
         with serving("--port", port) as second:
             expect(page.locator(".phase")).to_have_text("ready")
             expect(page.locator(".notice")).to_have_count(0)
@@ -138,7 +142,11 @@ def test_why_it_is_not_ready(open_page: OpenPage, console_server: Server, code: 
 
     def metrics(route: Route) -> None:
         text = httpx.get(f"{console_server.url}/metrics").text
-        route.fulfill(body=text.replace('sortserve_model_ready{model="bundled"} 1.0', 'sortserve_model_ready{model="bundled"} 0.0'))
+        route.fulfill(
+            body=text.replace(
+                'sortserve_model_ready{model="bundled"} 1.0', 'sortserve_model_ready{model="bundled"} 0.0'
+            )
+        )
 
     with open_page() as console:
         console.open(console_server.url)

@@ -4,6 +4,9 @@ import re
 
 import httpx
 import pytest
+
+pytest.importorskip("playwright", reason="Playwright is not installed: pip install -e .[test]")
+
 from playwright.sync_api import Page, Route, expect
 
 from tests.server.console.browser import Console
@@ -46,7 +49,9 @@ def test_an_answer_streams_with_tinted_tokens(console: Console) -> None:
     assert len(answer_text(page)) > 20
     assert submodels_shown(page) == {"d8"}, "without a budget it is the full model"
     token = page.locator(".answer-text .token").first
-    looks = token.evaluate("token => { const s = getComputedStyle(token); return [s.backgroundColor, s.textDecorationStyle] }")
+    looks = token.evaluate(
+        "token => { const s = getComputedStyle(token); return [s.backgroundColor, s.textDecorationStyle] }"
+    )
     assert looks[0].startswith("oklch"), looks
     assert looks[1] in ("dotted", "dashed", "solid", "double", "wavy")
     assert re.match(r"d8 · token 1 · \d", token.get_attribute("title") or "")
@@ -122,7 +127,9 @@ def test_three_budgets_side_by_side(console: Console) -> None:
     for place, ms in enumerate((0.5, 400, "")):
         console.set_number(f"Budget {place + 1}, milliseconds; empty for none", ms)
     page.get_by_role("button", name="Ask three times").click()
-    together = "() => [...document.querySelectorAll('.answer')].every((a) => a.querySelector('.token.tinted:not(.swatch)'))"
+    together = (
+        "() => [...document.querySelectorAll('.answer')].every((a) => a.querySelector('.token.tinted:not(.swatch)'))"
+    )
     page.wait_for_function(together)
     page.get_by_role("button", name="Ask three times").wait_for()
     asked = [request["headers"].get("x-latency-budget-ms") for request in console.requests]
@@ -131,7 +138,9 @@ def test_three_budgets_side_by_side(console: Console) -> None:
     assert submodels_shown(page, 0) == {"d2-w25"}
     assert submodels_shown(page, 2) == {"d8"}
     assert all(facts(page, place)["Tokens"] == "120" for place in range(3))
-    expect(page.locator(".playground > [role=status]")).to_have_text(re.compile("Answer 1: 120 tokens in .* Answer 3: "))
+    expect(page.locator(".playground > [role=status]")).to_have_text(
+        re.compile("Answer 1: 120 tokens in .* Answer 3: ")
+    )
 
 
 def test_stop(console: Console, console_server: Server) -> None:
@@ -173,8 +182,10 @@ def test_an_error_in_the_middle_of_a_stream(open_page: OpenPage, console_server:
     """What had come stays, and the error is told. The server's part of it is tested with a back end that fails."""
 
     def broken(route: Route) -> None:
-        chunk = '{"choices": [{"index": 0, "text": "half an", "finish_reason": null}], "system_fingerprint": "sortserve-1-d8"}'
-        error = '{"error": {"message": "the engine died", "type": "server_error", "param": null, "code": "engine_failed"}}'
+        chunk = '{"choices": [{"index": 0, "text": "half an"}], "system_fingerprint": "sortserve-1-d8"}'
+        error = (
+            '{"error": {"message": "the engine died", "type": "server_error", "param": null, "code": "engine_failed"}}'
+        )
         body = f"data: {chunk}\n\ndata: {error}\n\ndata: [DONE]\n\n"
         route.fulfill(status=200, content_type="text/event-stream", body=body)
 

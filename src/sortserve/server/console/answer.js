@@ -49,7 +49,13 @@ class TokenBlock extends Component {
   render({ pieces, start, end, tints }) {
     return pieces.slice(start, end).map(({ text, submodel, atMs }, place) => {
       const title = `${submodel ?? "sub-model not told"} · token ${start + place + 1} · ${duration(atMs)}`;
-      return html`<span key=${start + place} ...${tinted(tints.of(submodel), "token")} data-submodel=${submodel} title=${title}>${text}</span>`;
+      return html`<span
+        key=${start + place}
+        ...${tinted(tints.of(submodel), "token")}
+        data-submodel=${submodel}
+        title=${title}
+        >${text}</span
+      >`;
     });
   }
 }
@@ -74,10 +80,11 @@ function Legend({ made, tints }) {
   const total = made.reduce((sum, [, tokens]) => sum + tokens, 0);
   return html`<ul class="legend" aria-label="Tokens by sub-model">
     ${made.map(
-      ([id, tokens]) => html`<li key=${id}>
-        <span ...${tinted(tints.of(id), "token swatch")}>${id}</span> <b>${count(tokens)}</b>
-        <span class="quiet">${Math.round((100 * tokens) / total)} %</span>
-      </li>`,
+      ([id, tokens]) =>
+        html`<li key=${id}>
+          <span ...${tinted(tints.of(id), "token swatch")}>${id}</span> <b>${count(tokens)}</b>
+          <span class="quiet">${Math.round((100 * tokens) / total)} %</span>
+        </li>`,
     )}
   </ul>`;
 }
@@ -101,7 +108,10 @@ function Timing({ run }) {
     </div>
     <p class="timing-key">
       <span><i class="key predicted" aria-hidden="true"></i>predicted <b>${duration(run.predictedMs)}</b></span>
-      <span><i class="key allowed" aria-hidden="true"></i>budget <b>${run.budgetMs === null ? "none" : duration(run.budgetMs)}</b></span>
+      <span
+        ><i class="key allowed" aria-hidden="true"></i>budget
+        <b>${run.budgetMs === null ? "none" : duration(run.budgetMs)}</b></span
+      >
     </p>
   </div>`;
 }
@@ -118,7 +128,8 @@ function Verdict({ run }) {
     return html`<span class="badge good">met${spare}</span>`;
   }
   if (run.told?.met === false) {
-    const over = run.budgetMs === null || run.takenMs <= run.budgetMs ? "" : ` by ${duration(run.takenMs - run.budgetMs)}`;
+    const over =
+      run.budgetMs === null || run.takenMs <= run.budgetMs ? "" : ` by ${duration(run.takenMs - run.budgetMs)}`;
     return html`<span class="badge bad">missed${over}</span>`;
   }
   return html`<span class="badge">no budget</span>`;
@@ -137,7 +148,13 @@ function Facts({ run }) {
     ["Ended by", run.finishReason ?? "–"],
   ];
   return html`<dl class="facts">
-    ${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}
+    ${facts.map(
+      ([name, value]) =>
+        html`<div key=${name}>
+          <dt>${name}</dt>
+          <dd>${value}</dd>
+        </div>`,
+    )}
   </dl>`;
 }
 

@@ -42,18 +42,28 @@ function App() {
     if (pinned !== null && ids.length > 0 && !ids.includes(pinned)) setPinned(null); // another model is served now
   }, [ids]);
 
-  return html`
-    <${Header} server=${server} apiKey=${key} onKey=${remember} keyRefused=${served.keyRefused}>
+  return html` <${Header} server=${server} apiKey=${key} onKey=${remember} keyRefused=${served.keyRefused}>
       <${TabList} tabs=${TABS} chosen=${chosen} onChoose=${choose} />
     <//>
     <main>
       <h1 class="unseen">SortServe console</h1>
       <${Notice} server=${server} keyRefused=${served.keyRefused} hasKey=${key !== ""} />
       <${TabPanel} id="playground" chosen=${chosen}>
-        <${Playground} api=${api} ladder=${served.ladder} ids=${ids} tints=${tints} hasTemplate=${served.hasTemplate}
-          ready=${server.phase === "ready"} pinned=${pinned} onUnpin=${() => setPinned(null)} onFinished=${served.refresh} />
+        <${Playground}
+          api=${api}
+          ladder=${served.ladder}
+          ids=${ids}
+          tints=${tints}
+          hasTemplate=${served.hasTemplate}
+          ready=${server.phase === "ready"}
+          pinned=${pinned}
+          onUnpin=${() => setPinned(null)}
+          onFinished=${served.refresh}
+        />
       <//>
-      <${TabPanel} id="live" chosen=${chosen}>${chosen === "live" && html`<${Live} server=${server} ids=${ids} tints=${tints} />`}<//>
+      <${TabPanel} id="live" chosen=${chosen}
+        >${chosen === "live" && html`<${Live} server=${server} ids=${ids} tints=${tints} />`}<//
+      >
       <${TabPanel} id="ladder" chosen=${chosen}>
         <${Ladder} ladder=${served.ladder} tints=${tints} pinned=${pinned} onPin=${setPinned} />
       <//>
@@ -96,8 +106,17 @@ function Header({ server, apiKey, onKey, keyRefused, children }) {
       <p class=${`phase ${phase}`} role="status"><i aria-hidden="true"></i>${PHASES[phase]}</p>
       <form class="key" onSubmit=${(event) => event.preventDefault()}>
         <label for="api-key">API key</label>
-        <input id="api-key" type="password" autocomplete="off" spellcheck="false" placeholder="none" size="12" value=${apiKey}
-          aria-invalid=${keyRefused} onChange=${(event) => onKey(event.target.value.trim())} />
+        <input
+          id="api-key"
+          type="password"
+          autocomplete="off"
+          spellcheck="false"
+          placeholder="none"
+          size="12"
+          value=${apiKey}
+          aria-invalid=${keyRefused}
+          onChange=${(event) => onKey(event.target.value.trim())}
+        />
       </form>
     </div>
   </header>`;
@@ -105,7 +124,9 @@ function Header({ server, apiKey, onKey, keyRefused, children }) {
 
 function Notice({ server, keyRefused, hasKey }) {
   if (server.phase === "ready" && keyRefused) {
-    return html`<p class="notice" role="alert">${hasKey ? "The server does not know this API key." : "This server asks for an API key: give one at the top of the page."}</p>`;
+    return html`<p class="notice" role="alert">
+      ${hasKey ? "The server does not know this API key." : "This server asks for an API key: give one at the top of the page."}
+    </p>`;
   }
   if (server.phase === "ready" || server.phase === "connecting") return null;
   return html`<p class="notice" role="status"><b>${PHASES[server.phase]}</b> ${server.message}</p>`;

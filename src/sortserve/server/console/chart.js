@@ -92,5 +92,7 @@ function seriesOf(latest, place) {
 }
 
 function clockTimes(chart, times) {
-  return times.map((seconds) => new Date(seconds * 1e3).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" }));
+  return times.map((seconds) =>
+    new Date(seconds * 1e3).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" }),
+  );
 }

@@ -10,11 +10,17 @@ export function Segments({ legend, name, value, options, onChange, disabled = fa
     <legend>${legend}</legend>
     <div class="segments">
       ${options.map(
-        (option) => html`<label key=${option.value} class="segment">
-          <input type="radio" name=${name} value=${option.value} checked=${option.value === value}
-            onChange=${() => onChange(option.value)} />
-          <span>${option.label}</span>
-        </label>`,
+        (option) =>
+          html`<label key=${option.value} class="segment">
+            <input
+              type="radio"
+              name=${name}
+              value=${option.value}
+              checked=${option.value === value}
+              onChange=${() => onChange(option.value)}
+            />
+            <span>${option.label}</span>
+          </label>`,
       )}
     </div>
   </fieldset>`;
@@ -32,9 +38,19 @@ export function NumberField({ id, label, value, min, max, step = 1, onChange }) 
   const bad = typed !== null;
   return html`<div class="field">
     <label for=${id}>${label}</label>
-    <input id=${id} type="number" inputmode="decimal" min=${min} max=${max} step=${step} value=${typed ?? value}
-      aria-invalid=${bad} aria-describedby=${bad ? `${id}-error` : undefined}
-      onInput=${(event) => read(event.target.value)} onBlur=${() => setTyped(null)} />
+    <input
+      id=${id}
+      type="number"
+      inputmode="decimal"
+      min=${min}
+      max=${max}
+      step=${step}
+      value=${typed ?? value}
+      aria-invalid=${bad}
+      aria-describedby=${bad ? `${id}-error` : undefined}
+      onInput=${(event) => read(event.target.value)}
+      onBlur=${() => setTyped(null)}
+    />
     ${bad && html`<p class="hint bad" id="${id}-error">${min} to ${max}</p>`}
   </div>`;
 }
@@ -55,27 +71,55 @@ export function BudgetControl({ id, label, budget, onChange, range, marks, feasi
     <div class="budget-head">
       <label for=${id}>${label}</label>
       <span class="budget-exact">
-        <input type="text" inputmode="decimal" aria-label=${`${label}, milliseconds; empty for none`} placeholder="none" size="7"
-          value=${typed ?? shown} aria-invalid=${typed !== null}
-          onInput=${(event) => read(event.target.value)} onBlur=${() => setTyped(null)} />
+        <input
+          type="text"
+          inputmode="decimal"
+          aria-label=${`${label}, milliseconds; empty for none`}
+          placeholder="none"
+          size="7"
+          value=${typed ?? shown}
+          aria-invalid=${typed !== null}
+          onInput=${(event) => read(event.target.value)}
+          onBlur=${() => setTyped(null)}
+        />
         <span aria-hidden="true">ms</span>
       </span>
     </div>
     <div class="slider" style=${{ "--infeasible": feasibleMs === null ? "0%" : place(feasibleMs) }}>
-      <input id=${id} type="range" min="0" max=${STEPS + 1} step="1" value=${toPosition(budget, range)}
+      <input
+        id=${id}
+        type="range"
+        min="0"
+        max=${STEPS + 1}
+        step="1"
+        value=${toPosition(budget, range)}
         aria-valuetext=${budget === null ? "no budget" : `${duration(budget)}${below ? ", below the smallest feasible" : ""}`}
-        onInput=${(event) => onChange(fromPosition(Number(event.target.value), range))} />
+        onInput=${(event) => onChange(fromPosition(Number(event.target.value), range))}
+      />
       ${marks.map(({ ms, kind }) => html`<i key=${kind} class=${`tick ${kind}`} style=${{ left: place(ms) }} aria-hidden="true"></i>`)}
     </div>
     <div class="marks">
       ${marks.map(
-        ({ ms, label: long, short, kind }) => html`<button key=${kind} type="button" class="mark" onClick=${() => onChange(ms)}
-          title=${`${long}: set the budget to ${duration(ms)}`}>
-          <i class=${`tick ${kind}`} aria-hidden="true"></i><b>${duration(ms)}</b> ${compact ? short : long}
-        </button>`,
+        ({ ms, label: long, short, kind }) =>
+          html`<button
+            key=${kind}
+            type="button"
+            class="mark"
+            onClick=${() => onChange(ms)}
+            title=${`${long}: set the budget to ${duration(ms)}`}
+          >
+            <i class=${`tick ${kind}`} aria-hidden="true"></i><b>${duration(ms)}</b> ${compact ? short : long}
+          </button>`,
       )}
-      <button type="button" class="mark none" onClick=${() => onChange(null)} aria-pressed=${budget === null}
-        aria-label="No budget">none</button>
+      <button
+        type="button"
+        class="mark none"
+        onClick=${() => onChange(null)}
+        aria-pressed=${budget === null}
+        aria-label="No budget"
+      >
+        none
+      </button>
     </div>
   </div>`;
 }

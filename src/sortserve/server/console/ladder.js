@@ -17,11 +17,15 @@ export function Ladder({ ladder, tints, pinned, onPin }) {
     <section class="panel" aria-labelledby="scatter-title">
       <h2 id="scatter-title">Quality against latency</h2>
       <p class="hint">
-        Predicted now for an answer of ${TOKENS} tokens to a prompt of 256. ${qualityNote(ladder, measured)} Choose a point or a row to pin
-        it for the playground; choose it again to let the server decide.
+        Predicted now for an answer of ${TOKENS} tokens to a prompt of 256. ${qualityNote(ladder, measured)} Choose a
+        point or a row to pin it for the playground; choose it again to let the server decide.
       </p>
-      <${Scatter} tints=${tints} pinned=${pinned} onToggle=${toggle}
-        points=${ladder.map((entry) => ({ id: entry.id, ms: answerMs(entry, TOKENS), quality: entry.quality, degraded: entry.degraded }))} />
+      <${Scatter}
+        tints=${tints}
+        pinned=${pinned}
+        onToggle=${toggle}
+        points=${ladder.map((entry) => ({ id: entry.id, ms: answerMs(entry, TOKENS), quality: entry.quality, degraded: entry.degraded }))}
+      />
     </section>
     <section class="panel" aria-labelledby="table-title">
       <h2 id="table-title">Sub-models</h2>
@@ -29,16 +33,29 @@ export function Ladder({ ladder, tints, pinned, onPin }) {
         <table>
           <thead>
             <tr>
-              <th scope="col">Sub-model</th><th scope="col" class="number">Quality</th>
-              <th scope="col" class="number">${TOKENS} tokens</th><th scope="col" class="number">First token</th>
-              <th scope="col" class="number">Per token</th><th scope="col" class="number">Layers</th>
-              <th scope="col" class="number">FFN width</th><th scope="col" class="number">Skips</th>
+              <th scope="col">Sub-model</th>
+              <th scope="col" class="number">Quality</th>
+              <th scope="col" class="number">${TOKENS} tokens</th>
+              <th scope="col" class="number">First token</th>
+              <th scope="col" class="number">Per token</th>
+              <th scope="col" class="number">Layers</th>
+              <th scope="col" class="number">FFN width</th>
+              <th scope="col" class="number">Skips</th>
               <th scope="col" class="number">Parameters</th>
             </tr>
           </thead>
           <tbody>
-            ${ladder.map((entry) => html`<${Row} key=${entry.id} entry=${entry} tints=${tints} widest=${widest}
-              isPinned=${entry.id === pinned} onToggle=${() => toggle(entry.id)} />`)}
+            ${ladder.map(
+              (entry) =>
+                html`<${Row}
+                  key=${entry.id}
+                  entry=${entry}
+                  tints=${tints}
+                  widest=${widest}
+                  isPinned=${entry.id === pinned}
+                  onToggle=${() => toggle(entry.id)}
+                />`,
+            )}
           </tbody>
         </table>
       </div>
@@ -50,14 +67,21 @@ function Row({ entry, tints, widest, isPinned, onToggle }) {
   const { quality } = entry;
   return html`<tr class=${isPinned ? "pinned" : ""} onClick=${onToggle}>
     <th scope="row">
-      <button type="button" class="row-button" aria-pressed=${isPinned} aria-label=${`Pin ${entry.id}`}
-        onClick=${(event) => (event.stopPropagation(), onToggle())}>
+      <button
+        type="button"
+        class="row-button"
+        aria-pressed=${isPinned}
+        aria-label=${`Pin ${entry.id}`}
+        onClick=${(event) => (event.stopPropagation(), onToggle())}
+      >
         <span ...${tinted(tints.of(entry.id), "token swatch")}>${entry.id}</span>
         ${isPinned && html`<span class="badge accent">pinned</span>`}
       </button>
     </th>
     <td class="number">
-      ${quality === null ? html`<span class="quiet">not measured</span>` : html`${quality.value.toFixed(3)} <span class="quiet">${interval(quality)}</span>`}
+      ${quality === null
+        ? html`<span class="quiet">not measured</span>`
+        : html`${quality.value.toFixed(3)} <span class="quiet">${interval(quality)}</span>`}
       ${entry.degraded && html` <span class="badge warn">degraded</span>`}
     </td>
     <td class="number">${duration(answerMs(entry, TOKENS))}</td>
@@ -74,11 +98,13 @@ function qualityNote(ladder, measured) {
   if (measured.length === 0) return "No quality has been measured for this model, so the points stand on one line.";
   const metric = `Quality is ${measured[0].quality.metric}, 1 for the full model; bars are 95 % intervals.`;
   const missing = ladder.length - measured.length;
-  return missing === 0 ? metric : `${metric} ${missing} of ${ladder.length} are not measured and stand on the line below.`;
+  return missing === 0
+    ? metric
+    : `${metric} ${missing} of ${ladder.length} are not measured and stand on the line below.`;
 }
 
 function interval({ low, high }) {
-  return low === null || high === null || low === undefined || high === undefined ? "" : `${low.toFixed(3)}–${high.toFixed(3)}`;
+  return (low ?? null) === null || (high ?? null) === null ? "" : `${low.toFixed(3)}–${high.toFixed(3)}`;
 }
 
 function widthOf(width, widest) {
@@ -88,6 +114,8 @@ function widthOf(width, widest) {
 }
 
 function skipsOf({ attention, ffn }) {
-  const parts = [attention.length && `${attention.length} attention`, ffn.length && `${ffn.length} FFN`].filter(Boolean);
+  const parts = [attention.length && `${attention.length} attention`, ffn.length && `${ffn.length} FFN`].filter(
+    Boolean,
+  );
   return parts.length ? parts.join(", ") : "none";
 }

@@ -24,30 +24,75 @@ export function Live({ server, ids, tints }) {
   const span = Math.min(MOST_SPAN, Math.max(LEAST_SPAN, times[times.length - 1] - times[0]));
   const common = { times, points, point, span, onHover: setHovered };
 
-  if (point === null || reading === null) return html`<p class="panel empty">${server.message || "Waiting for the first numbers."}</p>`;
+  if (point === null || reading === null)
+    return html`<p class="panel empty">${server.message || "Waiting for the first numbers."}</p>`;
   return html`<div class="live">
     <header class="live-head">
       <p class="hint">
-        ${hovered === null ? "Now" : `At ${new Date(point.seconds * 1e3).toLocaleTimeString("en-GB")}`}; rates and percentiles over the
-        last <b>${window} s</b>, percentiles interpolated within the buckets of the server's histograms.
+        ${hovered === null ? "Now" : `At ${new Date(point.seconds * 1e3).toLocaleTimeString("en-GB")}`}; rates and
+        percentiles over the last <b>${window} s</b>, percentiles interpolated within the buckets of the server's
+        histograms.
       </p>
       <div class="segments small" role="group" aria-label="Window of rates and percentiles">
-        ${WINDOWS.map((seconds) => html`<button key=${seconds} type="button" class="segment-button" aria-pressed=${seconds === window}
-          onClick=${() => choose(seconds)}>${seconds} s</button>`)}
+        ${WINDOWS.map(
+          (seconds) =>
+            html`<button
+              key=${seconds}
+              type="button"
+              class="segment-button"
+              aria-pressed=${seconds === window}
+              onClick=${() => choose(seconds)}
+            >
+              ${seconds} s
+            </button>`,
+        )}
       </div>
     </header>
     <div class="grid">
       <${Stacked} title="Output tokens" unit="tokens/s" kind="tokens" names=${names} tints=${tints} ...${common} />
       <${Stacked} title="Requests" unit="requests/s" kind="requests" names=${names} tints=${tints} ...${common} />
-      <${Lines} title="Budgets met" ...${common} top=${1} format=${percent} lines=${[{ name: "met", value: (at) => at.attainment }]}
-        note=${point.budgets ? `of ${count(Math.round(point.budgets))} with a budget` : "no request with a budget"} />
-      <${Lines} title="Time to first token" ...${common} top=${1} format=${duration} axis=${durationTick} lines=${percentiles("ttft")} />
-      <${Lines} title="Time per output token" ...${common} top=${1} format=${duration} axis=${durationTick} lines=${percentiles("tpot")} />
-      <${Lines} title="Queue" ...${common} top=${4} format=${tick} lines=${[
-        { name: "running", value: (at) => at.running },
-        { name: "waiting", value: (at) => at.waiting },
-      ]} />
-      <${Lines} title="K/V memory in use" ...${common} top=${0.1} format=${percent} lines=${[{ name: "used", value: (at) => at.kv }]} />
+      <${Lines}
+        title="Budgets met"
+        ...${common}
+        top=${1}
+        format=${percent}
+        lines=${[{ name: "met", value: (at) => at.attainment }]}
+        note=${point.budgets ? `of ${count(Math.round(point.budgets))} with a budget` : "no request with a budget"}
+      />
+      <${Lines}
+        title="Time to first token"
+        ...${common}
+        top=${1}
+        format=${duration}
+        axis=${durationTick}
+        lines=${percentiles("ttft")}
+      />
+      <${Lines}
+        title="Time per output token"
+        ...${common}
+        top=${1}
+        format=${duration}
+        axis=${durationTick}
+        lines=${percentiles("tpot")}
+      />
+      <${Lines}
+        title="Queue"
+        ...${common}
+        top=${4}
+        format=${count}
+        axis=${tick}
+        lines=${[
+          { name: "running", value: (at) => at.running },
+          { name: "waiting", value: (at) => at.waiting },
+        ]}
+      />
+      <${Lines}
+        title="K/V memory in use"
+        ...${common}
+        top=${0.1}
+        format=${percent}
+        lines=${[{ name: "used", value: (at) => at.kv }]}
+      />
       <${Events} reading=${reading} />
     </div>
   </div>`;
@@ -68,18 +113,32 @@ function Stacked({ title, unit, kind, names, tints, times, points, point, span, 
   // Drawn from the highest edge down, each over the one before it: a stack without holes.
   const series = seen.map((name, place) => ({
     name,
-    values: points.map((at) => at[kind] && seen.slice(place).reduce((height, other) => height + (at[kind][other] ?? 0), 0)),
+    values: points.map(
+      (at) => at[kind] && seen.slice(place).reduce((height, other) => height + (at[kind][other] ?? 0), 0),
+    ),
     colour: (dark) => canvasColour(tints.of(name), dark),
     fill: true,
   }));
   return html`<section class="panel metric wide" aria-labelledby=${`${kind}-title`}>
     <h2 id=${`${kind}-title`}>${title}</h2>
     <p class="big" data-metric=${kind}><b>${figure(total)}</b> <span class="quiet">${unit}</span></p>
-    <${Chart} label=${`${title} by sub-model, last minutes; ${figure(total)} ${unit}`} times=${times} series=${series} format=${tick} top=${1} span=${span} onHover=${onHover} />
+    <${Chart}
+      label=${`${title} by sub-model, last minutes; ${figure(total)} ${unit}`}
+      times=${times}
+      series=${series}
+      format=${tick}
+      top=${1}
+      span=${span}
+      onHover=${onHover}
+    />
     <ul class="legend" aria-label=${`${title} by sub-model, ${unit}`}>
-      ${seen.map((name) => html`<li key=${name}>
-        <span ...${tinted(tints.of(name), "token swatch")}>${name === REFUSED ? "refused" : name}</span> <b>${figure(rates?.[name] ?? null)}</b>
-      </li>`)}
+      ${seen.map(
+        (name) =>
+          html`<li key=${name}>
+            <span ...${tinted(tints.of(name), "token swatch")}>${name === REFUSED ? "refused" : name}</span>
+            <b>${figure(rates?.[name] ?? null)}</b>
+          </li>`,
+      )}
       ${seen.length === 0 && html`<li class="quiet">nothing in the last minutes</li>`}
     </ul>
   </section>`;
@@ -97,12 +156,24 @@ function Lines({ title, lines, format, top, note, axis = format, times, points, 
   return html`<section class="panel metric" aria-label=${title}>
     <h2>${title}</h2>
     <p class="big" data-metric=${title}>
-      ${lines.map(({ name, value }, place) => html`<span key=${name} class="reading">
-        <b>${format(value(point))}</b> ${lines.length > 1 && html`<span class="quiet"><i class=${`line-key line-${place}`} aria-hidden="true"></i>${name}</span>`}
-      </span>`)}
+      ${lines.map(
+        ({ name, value }, place) =>
+          html`<span key=${name} class="reading">
+            <b>${format(value(point))}</b>
+            ${lines.length > 1 && html`<span class="quiet"><i class=${`line-key line-${place}`} aria-hidden="true"></i>${name}</span>`}
+          </span>`,
+      )}
       ${note && html`<span class="quiet">${note}</span>`}
     </p>
-    <${Chart} label=${`${title}, last minutes; ${told}`} times=${times} series=${series} format=${axis} top=${top} span=${span} onHover=${onHover} />
+    <${Chart}
+      label=${`${title}, last minutes; ${told}`}
+      times=${times}
+      series=${series}
+      format=${axis}
+      top=${top}
+      span=${span}
+      onHover=${onHover}
+    />
   </section>`;
 }
 
@@ -122,7 +193,15 @@ function Events({ reading }) {
   ];
   return html`<section class="panel metric" aria-labelledby="totals-title">
     <h2 id="totals-title">Since the server started</h2>
-    <dl class="totals">${rows.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
+    <dl class="totals">
+      ${rows.map(
+        ([name, value]) =>
+          html`<div key=${name}>
+            <dt>${name}</dt>
+            <dd>${value}</dd>
+          </div>`,
+      )}
+    </dl>
   </section>`;
 }
 

@@ -12,6 +12,7 @@ const POLICIES = [
   { value: "strict", label: "Strict", means: "Refused if the budget cannot be kept." },
   { value: "cut", label: "Cut", means: "Ends early enough to keep the budget." },
 ];
+const PLACEHOLDER = "The answer appears here, each token in the tint of the sub-model that made it.";
 const FIRST = {
   prompt: "Once upon a time there was a king",
   endpoint: "completion",
@@ -59,30 +60,66 @@ export function Playground({ api, ladder, ids, tints, hasTemplate, ready, pinned
   const control = { range, marks: marksOf(times), feasibleMs: times.feasibleMs };
 
   return html`<div class=${`playground ${compared ? "comparing" : ""}`} onKeyDown=${onKeyDown}>
-    <form ref=${form} class="request panel" aria-label="Request" onSubmit=${(event) => (event.preventDefault(), start())}>
-      <${Settings} settings=${settings} set=${set} hasTemplate=${hasTemplate} ladder=${ladder} pinned=${pinned}
-        tints=${tints} onUnpin=${onUnpin} />
+    <form
+      ref=${form}
+      class="request panel"
+      aria-label="Request"
+      onSubmit=${(event) => (event.preventDefault(), start())}
+    >
+      <${Settings}
+        settings=${settings}
+        set=${set}
+        hasTemplate=${hasTemplate}
+        ladder=${ladder}
+        pinned=${pinned}
+        tints=${tints}
+        onUnpin=${onUnpin}
+      />
       ${!compared && html`<${BudgetControl} id="budget" label="Latency budget" budget=${budget} onChange=${setBudget} ...${control} />`}
       <${Policy} value=${settings.policy} onChange=${set("policy")} />
       <label class="switch">
-        <input type="checkbox" role="switch" checked=${compared !== null} onChange=${(event) => compare(event.target.checked)} />
+        <input
+          type="checkbox"
+          role="switch"
+          checked=${compared !== null}
+          onChange=${(event) => compare(event.target.checked)}
+        />
         <span>Compare three budgets</span>
       </label>
       <div class="actions">
-        ${busy
-          ? html`<button type="button" class="primary stop" onClick=${stop}>Stop <kbd>Esc</kbd></button>`
-          : html`<button type="submit" class="primary" disabled=${!ready || settings.prompt === ""}>${compared ? "Ask three times" : "Ask"} <kbd>Ctrl ↵</kbd></button>`}
+        ${
+          // keys, so that the one is never turned into the other under a click
+          busy
+            ? html`<button key="stop" type="button" class="primary stop" onClick=${stop}>Stop <kbd>Esc</kbd></button>`
+            : html`<button key="ask" type="submit" class="primary" disabled=${!ready || settings.prompt === ""}>
+                ${compared ? "Ask three times" : "Ask"} <kbd>Ctrl ↵</kbd>
+              </button>`
+        }
       </div>
     </form>
     <div class="answers" ref=${answers}>
       ${runs.map(
-        (run, place) => html`<div key=${place} class="column panel">
-          ${compared &&
-          html`<${BudgetControl} id=${`budget-${place}`} label=${`Budget ${place + 1}`} budget=${compared[place]} compact ...${control}
-            onChange=${(ms) => setCompared(compared.map((other, at) => (at === place ? ms : other)))} />`}
-          <${Answer} run=${run} tints=${tints} ids=${ids} label=${compared ? `Answer ${place + 1}` : "Answer"}
-            placeholder=${compared ? "The answer under this budget." : "The answer appears here, each token in the tint of the sub-model that made it."} />
-        </div>`,
+        (run, place) =>
+          html`<div key=${place} class="column panel">
+            ${
+              compared &&
+              html`<${BudgetControl}
+                id=${`budget-${place}`}
+                label=${`Budget ${place + 1}`}
+                budget=${compared[place]}
+                compact
+                ...${control}
+                onChange=${(ms) => setCompared(compared.map((other, at) => (at === place ? ms : other)))}
+              />`
+            }
+            <${Answer}
+              run=${run}
+              tints=${tints}
+              ids=${ids}
+              label=${compared ? `Answer ${place + 1}` : "Answer"}
+              placeholder=${compared ? "The answer under this budget." : PLACEHOLDER}
+            />
+          </div>`,
       )}
     </div>
     <p class="unseen" role="status" aria-live="polite">${busy ? "Answering." : said}</p>
@@ -90,31 +127,65 @@ export function Playground({ api, ladder, ids, tints, hasTemplate, ready, pinned
 }
 
 function Settings({ settings, set, hasTemplate, ladder, pinned, tints, onUnpin }) {
-  return html`
-    ${hasTemplate &&
-    html`<${Segments} legend="Ask as" name="endpoint" value=${settings.endpoint} onChange=${set("endpoint")}
-      options=${[{ value: "completion", label: "Completion" }, { value: "chat", label: "Chat" }]} />`}
+  return html` ${
+      hasTemplate &&
+      html`<${Segments}
+        legend="Ask as"
+        name="endpoint"
+        value=${settings.endpoint}
+        onChange=${set("endpoint")}
+        options=${[
+          { value: "completion", label: "Completion" },
+          { value: "chat", label: "Chat" },
+        ]}
+      />`
+    }
     <div class="field">
       <label for="prompt">Prompt</label>
-      <textarea id="prompt" rows="4" spellcheck="false" value=${settings.prompt} onInput=${(event) => set("prompt")(event.target.value)}></textarea>
+      <textarea
+        id="prompt"
+        rows="4"
+        spellcheck="false"
+        value=${settings.prompt}
+        onInput=${(event) => set("prompt")(event.target.value)}
+      ></textarea>
     </div>
     <div class="pair">
-      <${NumberField} id="max-tokens" label="Max tokens" value=${settings.maxTokens} min=${1} max=${1_000_000} onChange=${set("maxTokens")} />
-      <${NumberField} id="temperature" label="Temperature" value=${settings.temperature} min=${0} max=${2} step=${0.1} onChange=${set("temperature")} />
+      <${NumberField}
+        id="max-tokens"
+        label="Max tokens"
+        value=${settings.maxTokens}
+        min=${1}
+        max=${1_000_000}
+        onChange=${set("maxTokens")}
+      />
+      <${NumberField}
+        id="temperature"
+        label="Temperature"
+        value=${settings.temperature}
+        min=${0}
+        max=${2}
+        step=${0.1}
+        onChange=${set("temperature")}
+      />
     </div>
-    ${pinned
-      ? html`<div class="field">
-          <span class="label">Sub-model</span>
-          <p class="pin"><span ...${tinted(tints.of(pinned), "token swatch")}>${pinned}</span> pinned for every answer
-            <button type="button" class="quiet-button" onClick=${onUnpin}>Unpin</button></p>
-        </div>`
-      : html`<div class="field">
-          <label for="floor">Smallest sub-model accepted</label>
-          <select id="floor" value=${settings.floor} onChange=${(event) => set("floor")(event.target.value)}>
-            <option value="">The server's choice</option>
-            ${ladder.map((entry) => html`<option key=${entry.id} value=${entry.id}>${entry.id}${entry.degraded ? " (degraded)" : ""}</option>`)}
-          </select>
-        </div>`}`;
+    ${
+      pinned
+        ? html`<div class="field">
+            <span class="label">Sub-model</span>
+            <p class="pin">
+              <span ...${tinted(tints.of(pinned), "token swatch")}>${pinned}</span> pinned for every answer
+              <button type="button" class="quiet-button" onClick=${onUnpin}>Unpin</button>
+            </p>
+          </div>`
+        : html`<div class="field">
+            <label for="floor">Smallest sub-model accepted</label>
+            <select id="floor" value=${settings.floor} onChange=${(event) => set("floor")(event.target.value)}>
+              <option value="">The server's choice</option>
+              ${ladder.map((entry) => html`<option key=${entry.id} value=${entry.id}>${entry.id}${entry.degraded ? " (degraded)" : ""}</option>`)}
+            </select>
+          </div>`
+    }`;
 }
 
 function Policy({ value, onChange }) {
@@ -140,7 +211,13 @@ function feasible(ladder, pinned, { floor, maxTokens }) {
 
 function marksOf({ feasibleMs, fullMs, pinned }) {
   const marks = [];
-  if (feasibleMs !== null) marks.push({ ms: rounded(feasibleMs), label: pinned ? "pinned one" : "smallest feasible", short: pinned ? "pinned" : "smallest", kind: "floor" });
+  if (feasibleMs !== null)
+    marks.push({
+      ms: rounded(feasibleMs),
+      label: pinned ? "pinned one" : "smallest feasible",
+      short: pinned ? "pinned" : "smallest",
+      kind: "floor",
+    });
   if (fullMs !== null && !pinned) marks.push({ ms: rounded(fullMs), label: "full model", short: "full", kind: "full" });
   return marks;
 }

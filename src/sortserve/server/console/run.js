@@ -6,7 +6,8 @@ import { submodelOf } from "./tint.js";
 
 const FRAME_MS = 50;
 
-/** States: idle, waiting (no token yet), streaming, done, stopped, failed. Calls `changed` whenever something is new. */
+/** States: idle, waiting (no token yet), streaming, done, stopped, failed. Calls `changed` whenever something is new,
+ *  with true where it begins or ends. */
 export class Run {
   constructor(changed) {
     this.changed = changed;
@@ -35,7 +36,7 @@ export class Run {
     this.budgetMs = request.budgetMs;
     const controller = (this.controller = new AbortController());
     this.startedAt = performance.now();
-    this.changed();
+    this.changed(true);
     try {
       const answer = await api.generate(request.path, request.body, request.headers, controller.signal);
       this.#head(answer.headers);
@@ -87,7 +88,11 @@ export class Run {
     const text = choice.text ?? choice.delta?.content ?? "";
     if (text) {
       this.state = "streaming";
-      this.pieces.push({ text, submodel: submodelOf(chunk.system_fingerprint), atMs: performance.now() - this.startedAt });
+      this.pieces.push({
+        text,
+        submodel: submodelOf(chunk.system_fingerprint),
+        atMs: performance.now() - this.startedAt,
+      });
     }
     this.finishReason = choice.finish_reason ?? this.finishReason;
   }
@@ -95,7 +100,7 @@ export class Run {
   #end(state) {
     this.endedAt = performance.now();
     this.state = state;
-    this.changed();
+    this.changed(true);
   }
 }
 
@@ -108,23 +113,29 @@ export function tokensBySubmodel(run, ids) {
   return [...counts].sort(([a], [b]) => ids.indexOf(a) - ids.indexOf(b));
 }
 
-/** As many runs as asked for, kept for as long as the component lives. It renders at most every FRAME_MS while they
- *  change: on a machine that computes the model too, drawing each token apart costs the model time. */
+/** As many runs as asked for, kept for as long as the component lives. It renders at most every FRAME_MS while tokens
+ *  come: on a machine that computes the model too, drawing each token apart costs the model time. */
 export function useRuns(number) {
   const [, render] = useReducer((renders) => renders + 1, 0);
   const runs = useRef([]);
   const timer = useRef(0);
-  const changed = () => {
-    timer.current ||= setTimeout(() => {
-      timer.current = 0;
-      render();
-    }, FRAME_MS);
+  const draw = () => {
+    clearTimeout(timer.current);
+    timer.current = 0;
+    render();
+  };
+  const changed = (atOnce = false) => {
+    if (atOnce) draw();
+    else timer.current ||= setTimeout(draw, FRAME_MS);
   };
   while (runs.current.length < number) runs.current.push(new Run(changed));
-  useEffect(() => () => {
-    clearTimeout(timer.current);
-    for (const run of runs.current) run.stop();
-  }, []);
+  useEffect(
+    () => () => {
+      clearTimeout(timer.current);
+      for (const run of runs.current) run.stop();
+    },
+    [],
+  );
   return runs.current.slice(0, number);
 }
 

@@ -16,22 +16,44 @@ export function Scatter({ points, tints, pinned, onToggle }) {
   const plot = plotOf(shown, width);
   return html`<div class="scatter" ref=${frame}>
     ${shown.length === 0 && html`<p class="empty">No latency is predicted yet.</p>`}
-    ${width > 0 && shown.length > 0 && html`<svg width=${width} height=${HEIGHT} role="group" aria-label="Sub-models by predicted latency and measured quality">
-      <${Axes} plot=${plot} />
-      <path class="frontier" d=${frontier(shown, plot)} aria-hidden="true" />
-      ${shown.map((point) => html`<${Point} key=${point.id} point=${point} plot=${plot} look=${tinted(tints.of(point.id), "dot")}
-        named=${width >= shown.length * ROOM} isPinned=${point.id === pinned} onToggle=${() => onToggle(point.id)} />`)}
-    </svg>`}
+    ${
+      width > 0 &&
+      shown.length > 0 &&
+      html`<svg
+        width=${width}
+        height=${HEIGHT}
+        role="group"
+        aria-label="Sub-models by predicted latency and measured quality"
+      >
+        <${Axes} plot=${plot} />
+        <path class="frontier" d=${frontier(shown, plot)} aria-hidden="true" />
+        ${shown.map(
+          (point) =>
+            html`<${Point}
+              key=${point.id}
+              point=${point}
+              plot=${plot}
+              look=${tinted(tints.of(point.id), "dot")}
+              named=${width >= shown.length * ROOM}
+              isPinned=${point.id === pinned}
+              onToggle=${() => onToggle(point.id)}
+            />`,
+        )}
+      </svg>`
+    }
   </div>`;
 }
 
 function Axes({ plot }) {
   const { left, right, top, bottom, x, y } = plot;
   return html`<g class="axes" aria-hidden="true">
-    ${plot.yTicks.map((value) => html`<g key=${`y${value}`}>
-      <line x1=${left} x2=${right} y1=${y(value)} y2=${y(value)} />
-      <text x=${left - 10} y=${y(value) + 4} text-anchor="end">${value.toFixed(plot.yDigits)}</text>
-    </g>`)}
+    ${plot.yTicks.map(
+      (value) =>
+        html`<g key=${`y${value}`}>
+          <line x1=${left} x2=${right} y1=${y(value)} y2=${y(value)} />
+          <text x=${left - 10} y=${y(value) + 4} text-anchor="end">${value.toFixed(plot.yDigits)}</text>
+        </g>`,
+    )}
     ${plot.xTicks.map((value) => html`<text key=${`x${value}`} x=${x(value)} y=${bottom + 20} text-anchor="middle">${durationTick(value)}</text>`)}
     <line class="base" x1=${left} x2=${right} y1=${bottom} y2=${bottom} />
     ${plot.yTicks.length > 0 && html`<text class="axis-name" x=${left - 44} y=${top - 10}>quality</text>`}
@@ -43,18 +65,30 @@ function Axes({ plot }) {
 function Point({ point, plot, look, named, isPinned, onToggle }) {
   const { id, ms, quality, degraded } = point;
   const [x, y] = [plot.x(ms), quality === null ? plot.strip : plot.y(quality.value)];
-  const told = `${id}: ${duration(ms)}, ${quality === null ? "quality not measured" : `quality ${quality.value.toFixed(3)}`}${degraded ? ", degraded" : ""}`;
+  const measured = quality === null ? "quality not measured" : `quality ${quality.value.toFixed(3)}`;
+  const told = `${id}: ${duration(ms)}, ${measured}${degraded ? ", degraded" : ""}`;
   const onKeyDown = (event) => {
     if (event.key !== "Enter" && event.key !== " ") return;
     event.preventDefault();
     onToggle();
   };
   const atEdge = x > plot.right - 60;
-  return html`<g class=${`point ${isPinned ? "pinned" : ""} ${degraded ? "degraded" : ""} ${named ? "named" : ""}`} role="button" tabindex="0"
-    aria-pressed=${isPinned} aria-label=${told} onClick=${onToggle} onKeyDown=${onKeyDown}>
+  return html`<g
+    class=${`point ${isPinned ? "pinned" : ""} ${degraded ? "degraded" : ""} ${named ? "named" : ""}`}
+    role="button"
+    tabindex="0"
+    aria-pressed=${isPinned}
+    aria-label=${told}
+    onClick=${onToggle}
+    onKeyDown=${onKeyDown}
+  >
     <title>${told}</title>
-    ${quality !== null && quality.low !== null && quality.low !== quality.high &&
-    html`<line class="whisker" x1=${x} x2=${x} y1=${plot.y(quality.low)} y2=${plot.y(quality.high)} />`}
+    ${
+      quality !== null &&
+      quality.low !== null &&
+      quality.low !== quality.high &&
+      html`<line class="whisker" x1=${x} x2=${x} y1=${plot.y(quality.low)} y2=${plot.y(quality.high)} />`
+    }
     <circle class="halo" cx=${x} cy=${y} r="14" />
     <circle class=${look.class} style=${look.style} cx=${x} cy=${y} r="6.5" />
     <text x=${atEdge ? x - 13 : x + 13} y=${y + 16} text-anchor=${atEdge ? "end" : "start"}>${id}</text>
@@ -74,7 +108,11 @@ function plotOf(points, width) {
   const pad = Math.max((best - worst) * 0.12, 0.005);
   const [low, high] = [Math.max(0, worst - pad), best + pad / 2];
   return {
-    left, right, top, bottom, anyUnmeasured,
+    left,
+    right,
+    top,
+    bottom,
+    anyUnmeasured,
     strip: bottom - STRIP / 2,
     x: (ms) => left + ((right - left) * ms) / xEnd,
     y: (value) => floor - ((floor - top) * (value - low)) / (high - low),

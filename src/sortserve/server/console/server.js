@@ -25,7 +25,11 @@ export function useServer(api) {
         const found = await look(api, stopped.signal);
         if (stopped.signal.aborted) return;
         history.current.add(found.counted ? found.reading : null, Date.now() / 1e3);
-        setServer((before) => ({ phase: found.phase, message: found.message, reading: found.reading ?? before.reading }));
+        setServer((before) => ({
+          phase: found.phase,
+          message: found.message,
+          reading: found.reading ?? before.reading,
+        }));
       }
       timer = setTimeout(tick, EVERY_MS);
     };

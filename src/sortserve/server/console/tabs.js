@@ -15,14 +15,29 @@ export function TabList({ tabs, chosen, onChoose }) {
     list.current.querySelector(`#tab-${id}`).focus();
   };
   return html`<div class="tabs" role="tablist" aria-label="Views" ref=${list} onKeyDown=${onKeyDown}>
-    ${tabs.map(({ id, label }) => html`<button key=${id} type="button" role="tab" id=${`tab-${id}`} aria-controls=${`panel-${id}`}
-      aria-selected=${id === chosen} tabindex=${id === chosen ? 0 : -1} onClick=${() => onChoose(id)}>${label}</button>`)}
+    ${tabs.map(
+      ({ id, label }) =>
+        html`<button
+          key=${id}
+          type="button"
+          role="tab"
+          id=${`tab-${id}`}
+          aria-controls=${`panel-${id}`}
+          aria-selected=${id === chosen}
+          tabindex=${id === chosen ? 0 : -1}
+          onClick=${() => onChoose(id)}
+        >
+          ${label}
+        </button>`,
+    )}
   </div>`;
 }
 
 /** A view; it stays as it is while another one is shown, so that an answer goes on. */
 export function TabPanel({ id, chosen, children }) {
-  return html`<div role="tabpanel" id=${`panel-${id}`} aria-labelledby=${`tab-${id}`} hidden=${id !== chosen}>${children}</div>`;
+  return html`<div role="tabpanel" id=${`panel-${id}`} aria-labelledby=${`tab-${id}`} hidden=${id !== chosen}>
+    ${children}
+  </div>`;
 }
 
 /** The chosen tab, kept in the address so that a view can be linked to. */

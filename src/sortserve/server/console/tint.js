@@ -21,7 +21,10 @@ export function tints(ids) {
 
 /** Class and style of an element in a sub-model's tint; the stylesheets make colours of it, in either theme. */
 export function tinted({ hue, pattern, known }, classes = "") {
-  return { class: `${classes} ${known ? "tinted" : "untinted"} underline-${pattern}`.trim(), style: { "--hue": hue.toFixed(1) } };
+  return {
+    class: `${classes} ${known ? "tinted" : "untinted"} underline-${pattern}`.trim(),
+    style: { "--hue": hue.toFixed(1) },
+  };
 }
 
 /** The colour for a canvas, which reads no stylesheet. */
