@@ -56,7 +56,7 @@ export function NumberField({ id, label, value, min, max, step = 1, onChange }) 
 }
 
 /** A latency budget: a logarithmic slider whose end is "no budget", a field for exact milliseconds, and marks that say
- *  what is feasible. `marks`: [{ms, label, short, kind}]; `feasibleMs`: below it the track is hatched. */
+ *  what is feasible. `marks`: [{ms, name, short, kind}]; `feasibleMs`: below it the track is hatched. */
 export function BudgetControl({ id, label, budget, onChange, range, marks, feasibleMs, compact = false }) {
   const [typed, setTyped] = useState(null);
   const read = (text) => {
@@ -100,15 +100,16 @@ export function BudgetControl({ id, label, budget, onChange, range, marks, feasi
     </div>
     <div class="marks">
       ${marks.map(
-        ({ ms, label: long, short, kind }) =>
+        ({ ms, name, short, kind }) =>
           html`<button
             key=${kind}
             type="button"
             class="mark"
             onClick=${() => onChange(ms)}
-            title=${`${long}: set the budget to ${duration(ms)}`}
+            title=${`Set the budget to what the ${name} takes`}
+            aria-label=${`${duration(ms)} ${name}`}
           >
-            <i class=${`tick ${kind}`} aria-hidden="true"></i><b>${duration(ms)}</b> ${compact ? short : long}
+            <i class=${`tick ${kind}`} aria-hidden="true"></i><b>${duration(ms)}</b> ${compact ? short : name}
           </button>`,
       )}
       <button

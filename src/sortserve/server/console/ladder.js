@@ -79,9 +79,11 @@ function Row({ entry, tints, widest, isPinned, onToggle }) {
       </button>
     </th>
     <td class="number">
-      ${quality === null
-        ? html`<span class="quiet">not measured</span>`
-        : html`${quality.value.toFixed(3)} <span class="quiet">${interval(quality)}</span>`}
+      ${
+        quality === null
+          ? html`<span class="quiet">not measured</span>`
+          : html`${quality.value.toFixed(3)} <span class="quiet">${interval(quality)}</span>`
+      }
       ${entry.degraded && html` <span class="badge warn">degraded</span>`}
     </td>
     <td class="number">${duration(answerMs(entry, TOKENS))}</td>

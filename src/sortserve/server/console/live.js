@@ -80,7 +80,7 @@ export function Live({ server, ids, tints }) {
         ...${common}
         top=${4}
         format=${count}
-        axis=${tick}
+        axis=${(value) => (Number.isInteger(value) ? tick(value) : "")}
         lines=${[
           { name: "running", value: (at) => at.running },
           { name: "waiting", value: (at) => at.waiting },

@@ -211,14 +211,11 @@ function feasible(ladder, pinned, { floor, maxTokens }) {
 
 function marksOf({ feasibleMs, fullMs, pinned }) {
   const marks = [];
-  if (feasibleMs !== null)
-    marks.push({
-      ms: rounded(feasibleMs),
-      label: pinned ? "pinned one" : "smallest feasible",
-      short: pinned ? "pinned" : "smallest",
-      kind: "floor",
-    });
-  if (fullMs !== null && !pinned) marks.push({ ms: rounded(fullMs), label: "full model", short: "full", kind: "full" });
+  if (feasibleMs !== null) {
+    const name = pinned ? "pinned sub-model" : "smallest feasible";
+    marks.push({ ms: rounded(feasibleMs), name, short: pinned ? "pinned" : "smallest", kind: "floor" });
+  }
+  if (fullMs !== null && !pinned) marks.push({ ms: rounded(fullMs), name: "full model", short: "full", kind: "full" });
   return marks;
 }
 
