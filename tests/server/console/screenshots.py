@@ -1,8 +1,10 @@
-"""Makes docs/screenshots/ again: `python -m tests.server.console.screenshots` with a Chromium on the machine.
+"""Makes docs/screenshots/ again: `python -m tests.server.console.screenshots [NAME ...]` with a Chromium on the machine.
 
 A server of the bundled model is started for it, and what is seen is real: its answers, its traffic, its predictions.
 """
 
+import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -60,7 +62,8 @@ def live(console: Console) -> None:
 
 def _ask_until(url: str, stop: float, number: int, headers: dict[str, str]) -> None:
     """A client of its own habits: one budget, and now and then a pause."""
-    with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
+    # the picture is taken under traffic, so the server is stopped under it too
+    with contextlib.suppress(httpx.HTTPError), httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
         place = 0
         while time.monotonic() < stop:
             body = {"prompt": PROMPTS[place % len(PROMPTS)], "max_tokens": 32 + 16 * number, "temperature": 0.8}
@@ -81,13 +84,14 @@ SHOTS: tuple[tuple[str, str, Callable[[Console], None], str, tuple[int, int]], .
 
 
 def main() -> None:
-    """Take them all, and print how large each is."""
+    """Take those named on the command line, else all, and print how large each is."""
+    named = set(sys.argv[1:]) or {name for name, *_ in SHOTS}
     path = executable()
     if path is None:
         raise SystemExit("no Chromium on this machine: apt-get install chromium, or name one in $CHROMIUM")
     OUT.mkdir(parents=True, exist_ok=True)
     with serving() as server, chromium(path) as browser:
-        for name, view, prepare, scheme, (width, height) in SHOTS:
+        for name, view, prepare, scheme, (width, height) in (shot for shot in SHOTS if shot[0] in named):
             with console_page(browser, color_scheme=scheme, viewport={"width": width, "height": height}) as console:
                 console.open(server.url, view)
                 prepare(console)
