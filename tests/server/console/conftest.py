@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.server.test_bundled import Server, serving
+from tests.server.real_server import Server, serving
 
 if TYPE_CHECKING:
     from tests.server.console.browser import Console

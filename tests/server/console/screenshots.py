@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 
 from tests.server.console.browser import Console, chromium, console_page, executable
-from tests.server.test_bundled import PROMPT, serving
+from tests.server.real_server import serving
+from tests.server.test_bundled import PROMPT
 
 OUT = Path(__file__).resolve().parents[3] / "docs" / "screenshots"
 PROMPTS = ("The ship lay at anchor and", "In the morning the old man", "She opened the letter, and", PROMPT)

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 
 from tests.server.console.browser import Console
 from tests.server.console.conftest import OpenPage
-from tests.server.test_bundled import Server
+from tests.server.real_server import Server
 
 pytestmark = pytest.mark.slow
 

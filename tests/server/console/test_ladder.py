@@ -11,7 +11,8 @@ from playwright.sync_api import Route, expect
 
 from tests.server.console.browser import Console
 from tests.server.console.conftest import OpenPage
-from tests.server.test_bundled import LADDER, Server
+from tests.server.real_server import Server
+from tests.server.test_bundled import LADDER
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,8 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.server.console.browser import PATIENCE_MS, Console
 from tests.server.console.conftest import OpenPage
-from tests.server.test_bundled import PROMPT, Server, serving
+from tests.server.real_server import Server, serving
+from tests.server.test_bundled import PROMPT
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,8 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.server.console.browser import Console
 from tests.server.console.conftest import OpenPage
-from tests.server.test_bundled import LADDER, Server, serving
+from tests.server.real_server import Server, serving
+from tests.server.test_bundled import LADDER
 
 pytestmark = pytest.mark.slow
 
