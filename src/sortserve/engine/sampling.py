@@ -64,6 +64,8 @@ class SamplingParams:
             raise RequestError(
                 f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters", param="stop"
             )
+        if any("\ud800" <= char <= "\udfff" for text in self.stop for char in text):
+            raise RequestError("stop holds a lone surrogate, which is not Unicode text", param="stop")
         if self.grammar is not None:
             self._check_grammar(self.grammar)
 

@@ -16,6 +16,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sortserve.engine.errors import ModelFolderError, RequestError
 
+# what a template's own code may raise over messages it does not expect; OverflowError is the sandbox's for a huge range()
+_TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_SHOWN_CHARS = 300  # of a template's complaint, which may quote a message
 LONG_TEXT_CHARS = 2048  # from here on encoding takes about a millisecond and is worth a thread
 
 
@@ -37,6 +40,7 @@ class Tokenizer:
         named = {self._hf.token_to_id(text) for text in (self.bos_token, self.eos_token) if text is not None}
         self.special_ids = frozenset(i for i, token in added.items() if token.special) | (named - {None})
         self._spelling, self.strips_first_space = _spelling(self._hf)
+        self.max_token_chars = max(map(len, backend.get_vocab()), default=1)  # of text that one token can stand for
         self._bytes: dict[int, bytes] = {}
         self._template = None if template is None else _compile(template)
 
@@ -99,8 +103,9 @@ class Tokenizer:
         names = {"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", "add_generation_prompt": True}
         try:
             return self._template.render(messages=messages, **(names | variables))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
+        except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
+            shown = str(error)[:_SHOWN_CHARS]
+            raise RequestError(f"the chat template refused the messages: {shown}", param="messages") from error
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Token ids of `chat_text`; the template writes BOS itself, so none is added."""

@@ -2,7 +2,6 @@
 log line, metrics and trace."""
 
 import logging
-import re
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -11,11 +10,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.engine import logs
-from sortserve.engine.errors import AuthenticationError, PayloadTooLargeError, RateLimitedError, SortServeError
+from sortserve.engine.errors import AuthenticationError, RateLimitedError, SortServeError
+from sortserve.server.body import check_json, read_body
 from sortserve.server.console import PREFIX as CONSOLE_PREFIX
 from sortserve.server.errors import error_response, internal_error_response
 from sortserve.server.logs import prompt_fields, request_fields
-from sortserve.server.record import CLIENT_GONE, Record
+from sortserve.server.record import CLIENT_GONE, REQUEST_ID, Record
 from sortserve.server.state import ServerState
 from sortserve.server.streams import ClientGoneError
 
@@ -26,7 +26,6 @@ _LOG = logging.getLogger("sortserve.server")
 _ENDPOINTS = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}  # those that generate
 _WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
 _PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: not worth a line each
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 EXPOSED_HEADERS = (
     "X-Request-Id",
     "X-Submodel",
@@ -57,7 +56,7 @@ class ContextMiddleware:
             return
         started = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
-        usable = _REQUEST_ID.fullmatch(given) is not None
+        usable = REQUEST_ID.fullmatch(given) is not None
         record = Record(given if usable else f"req-{uuid.uuid4().hex}", usable, started, started)
         former_id = logs.request_id.set(record.request_id)
         scope.setdefault("state", {})["record"] = record
@@ -67,6 +66,8 @@ class ContextMiddleware:
                 record.status = message["status"]
                 headers = MutableHeaders(raw=list(message["headers"]))
                 headers["X-Request-Id"] = record.request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers.setdefault("Cache-Control", "no-store")  # prompts and answers are nobody else's
                 headers["Access-Control-Expose-Headers"] = ", ".join(EXPOSED_HEADERS)
                 message = {**message, "headers": headers.raw}
             await send(message)
@@ -117,23 +118,11 @@ class ContextMiddleware:
                 raise
 
     async def _read_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the whole body, and return a `receive` that hands it on. Raises PayloadTooLargeError."""
-        limit = self._state.options.max_body_bytes
-        too_large = PayloadTooLargeError(f"the body is over the limit of {limit} bytes; send less in one request")
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared[:20]) > limit:
-            raise too_large
-        chunks, num_bytes, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            chunks.append(message.get("body", b""))
-            num_bytes += len(chunks[-1])
-            if num_bytes > limit:
-                raise too_large
-            more = message.get("more_body", False)
-        pending = [b"".join(chunks)]
+        """Read and check the whole body, and return a `receive` that hands it on. Raises as body.py does."""
+        options, declared = self._state.options, Headers(scope=scope).get("content-length", "")
+        body = await read_body(receive, declared, options.max_body_bytes, options.body_timeout)
+        check_json(body)
+        pending = [body]
 
         async def receive_again() -> Message:
             if pending:

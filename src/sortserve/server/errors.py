@@ -19,6 +19,7 @@ from sortserve.engine.errors import (
     DrainingError,
     OverloadedError,
     RateLimitedError,
+    RequestError,
     SortServeError,
     UnavailableError,
     error_named,
@@ -27,6 +28,7 @@ from sortserve.engine.protocol import FailedEvent
 
 INTERNAL_MESSAGE = "internal error; the server's log has it under the X-Request-Id of this response"
 _SHOWN_CHARS = 300  # of a message made from what the client sent
+_MAX_MESSAGE_CHARS = 2000  # a list of sub-models may be long; what a client sent is not given back at length
 
 
 class LoadingError(UnavailableError):
@@ -35,9 +37,36 @@ class LoadingError(UnavailableError):
     code = "loading"
 
 
+class ReadTimeoutError(UnavailableError):
+    """The client stopped in the middle of its request; clients send a 408 again."""
+
+    status = 408
+    kind = "invalid_request_error"
+    code = "request_timeout"
+
+
+class InvalidJsonError(RequestError):
+    """The body cannot be read as JSON."""
+
+    code = "invalid_json"
+
+
+class InvalidHttpError(RequestError):
+    """What came is no HTTP."""
+
+    code = "invalid_http"
+
+
+class HeadersTooLargeError(RequestError):
+    """Request line and headers are over the limit."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 def error_object(error: SortServeError) -> dict[str, Any]:
     """The `error` object of a response body or of a stream."""
-    return {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}
+    return {"message": error.message[:_MAX_MESSAGE_CHARS], "type": error.kind, "param": error.param, "code": error.code}
 
 
 def error_headers(error: SortServeError) -> dict[str, str]:
@@ -98,6 +127,8 @@ async def _on_error(_: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kinds = {
+        # FastAPI's own, where the parser raised something else than a JSON error
+        400: ("invalid_request_error", "invalid_json", "the body is not valid JSON: a number has over 4,300 digits"),
         404: ("not_found_error", "not_found", f"no path {request.url.path}; see /openapi.json for what there is"),
         405: ("invalid_request_error", "method_not_allowed", f"{request.method} is not allowed on {request.url.path}"),
     }

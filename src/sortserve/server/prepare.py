@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -127,8 +127,9 @@ async def prepare_chat(
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     _check_tools(tools, messages, state.tokenizer)
     shown = {} if tools is None else {"tools": [tool.for_template() for tool in body.tools or ()]}
-    num_chars = sum(len(str(message["content"])) for message in messages) + len(str(shown))
-    tokens = await _maybe_in_thread(num_chars, lambda: state.tokenizer.chat(messages, **shown))
+    # 16: an empty message takes time too
+    num_chars = sum(16 + len(message["content"]) for message in messages) + len(str(shown))
+    tokens = await _maybe_in_thread(num_chars, lambda: _chat_tokens(messages, shown, state))
     asked = body.asked_max_tokens()
     # one more than fits where nothing is left, so that the error names the prompt's length and the limit
     max_tokens = max(1, info.max_model_len - len(tokens)) if asked is None else asked
@@ -265,6 +266,8 @@ async def _prompts(prompt: str | list[str] | list[int] | list[list[int]], state:
             ids = [[item for item in prompt if isinstance(item, int)]]
     if any(not text for text in texts):
         raise RequestError("prompt is empty; give at least one character or token", param="prompt")
+    for text in texts:
+        _check_chars(text, state, "prompt")
     encoded = await _maybe_in_thread(
         sum(map(len, texts)), lambda: [Prompt(tuple(state.tokenizer.encode(text)), text) for text in texts]
     )
@@ -277,6 +280,25 @@ async def _prompts(prompt: str | list[str] | list[int] | list[list[int]], state:
 async def _maybe_in_thread(num_chars: int, work: Callable[[], T]) -> T:
     """Run `work` here, or in a thread where it would keep the event loop from other requests for too long."""
     return await asyncio.to_thread(work) if num_chars >= LONG_TEXT_CHARS else work()
+
+
+def _chat_tokens(
+    messages: Sequence[Mapping[str, Any]], shown: Mapping[str, Any], state: ServerState
+) -> list[int]:
+    text = state.tokenizer.chat_text(messages, **shown)
+    _check_chars(text, state, "messages")
+    return state.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _check_chars(text: str, state: ServerState, param: str) -> None:
+    """Refuse a text that cannot fit, without the 10 s that tokenizing 4 MiB takes."""
+    limit = state.backend.info.max_model_len * state.tokenizer.max_token_chars
+    if len(text) > limit:
+        raise ContextLengthError(
+            f"the prompt has {len(text)} characters; this model's context is {state.backend.info.max_model_len} tokens, "
+            f"which hold at most {limit}: shorten the prompt",
+            param=param,
+        )
 
 
 def _check_prompt(tokens: Sequence[int], info: EngineInfo, param: str) -> None:

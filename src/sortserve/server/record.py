@@ -1,5 +1,6 @@
 """What is kept of one HTTP request while it is served, and what is told of it at its end: to metrics, log and traces."""
 
+import re
 from dataclasses import dataclass
 
 from sortserve.engine import logs
@@ -8,6 +9,7 @@ from sortserve.server.completions import Generation
 from sortserve.server.keys import NO_BOUNDS, Bounds, Key
 from sortserve.server.metrics import Served
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # goes into headers and log lines
 CLIENT_GONE = 499  # nginx's number for it; never sent, only counted
 
 

@@ -20,7 +20,7 @@ from sortserve.engine.protocol import EngineStats
 from sortserve.server.completions import Generation
 from sortserve.server.errors import LoadingError
 from sortserve.server.prepare import Job, prepare_chat, prepare_completion
-from sortserve.server.record import Record
+from sortserve.server.record import REQUEST_ID, Record
 from sortserve.server.schemas import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -146,8 +146,8 @@ def _take_up(request: Request, body: CompletionRequest | ChatCompletionRequest, 
     """The record of a request that generates. Raises UnavailableError, counted, if none can be taken now."""
     record: Record = request.state.record
     if body.request_id is not None:
-        if not body.request_id.isascii() or not body.request_id.isprintable():
-            raise RequestError("request_id must be printable ASCII of at most 128 characters", param="request_id")
+        if REQUEST_ID.fullmatch(body.request_id) is None:  # it goes into a header and into the log
+            raise RequestError("request_id must be 1 to 128 of A-Z a-z 0-9 . _ : / + = @ -", param="request_id")
         if not record.id_was_given:
             record.rename(body.request_id)
     try:

@@ -8,16 +8,31 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sortserve.engine.errors import RequestError
+from sortserve.engine.sampling import MAX_LOGIT_BIAS
 from sortserve.server.structured import MAX_TOOLS, ResponseFormat, ToolChoice, Tools
 
 MAX_CHOICES = 16
 MAX_SEQUENCES = 1024  # prompts x n of one request
+MAX_MESSAGES = 4096
 
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # a larger one would overflow a float where it is compared
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+# Validation ends at the first wrong item: an error for each of a million took 16 s, in which nobody else was served.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+PromptTexts = Annotated[list[str], Field(max_length=MAX_SEQUENCES, fail_fast=True)]
+PromptTokens = Annotated[list[TokenIds], Field(max_length=MAX_SEQUENCES, fail_fast=True)]
+
+
+def _few_biases(value: object) -> object:
+    """Raise RequestError for more than any request may have, before each is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise RequestError(f"logit_bias has {len(value)} tokens, at most {MAX_LOGIT_BIAS}", param="logit_bias")
+    return value
 
 
 class StreamOptions(BaseModel):
@@ -43,7 +58,7 @@ class GenerationFields(BaseModel):
     min_p: float | None = None
     n: Int64 | None = None
     best_of: Int64 | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     seed: Int64 | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -52,7 +67,7 @@ class GenerationFields(BaseModel):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_few_biases)] = None
     user: str | None = None
     priority: Int64 | None = None
     request_id: str | None = Field(default=None, min_length=1, max_length=128)
@@ -109,7 +124,7 @@ class GenerationFields(BaseModel):
 class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | PromptTexts | TokenIds | PromptTokens
     logprobs: Int64 | None = None
     suffix: str | None = None
 
@@ -171,7 +186,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -195,10 +210,10 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(GenerationFields):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Int64 | None = None
-    modalities: list[str] | None = None
+    modalities: Texts | None = None
     audio: Any = None
 
     def unsupported(self) -> Iterator[tuple[str, str]]:
@@ -228,7 +243,7 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 # --- what is answered, for /openapi.json ------------------------------------------------------------------------------

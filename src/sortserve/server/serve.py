@@ -18,6 +18,7 @@ from sortserve.engine.logs import configure_logging
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
 from sortserve.server.app import create_app
+from sortserve.server.bounded_http import BoundedHttpProtocol
 from sortserve.server.state import ServerOptions, ServerState
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]
+                http=BoundedHttpProtocol,
                 lifespan="on",
                 log_config=None,
                 access_log=False,

@@ -28,6 +28,7 @@ class ServerOptions:
     keys_file: Path | None = None  # further keys, with bounds; see keys.py
     default_latency_budget_ms: float | None = None  # total, for requests without a budget of their own
     max_body_bytes: int = 4 * 1024 * 1024
+    body_timeout: float = 60.0  # seconds that a client may pause within its body
     shutdown_timeout: float = 55.0  # seconds that running requests have to finish in
     allow_origins: tuple[str, ...] = ()  # of browsers that may call from other sites; none: no CORS headers
     trust_proxy_timeouts: bool = False  # x-envoy-expected-rq-timeout-ms caps total budgets
