@@ -5,11 +5,11 @@ Without them a client could send header lines for ever, each kept in memory, or 
 
 import asyncio
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import httptools
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from sortserve.engine.errors import SortServeError
 from sortserve.server.errors import HeadersTooLargeError, InvalidHttpError, ReadTimeoutError, error_response
@@ -66,6 +66,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Called when the parser raised."""
         self._refuse(self._refusal or InvalidHttpError("this is no HTTP/1.1 request"))
 
+    @property
+    def _answering(self) -> bool:
+        cycle = cast(RequestResponseCycle | None, self.cycle)  # None before the first request
+        return cycle is not None and not cycle.response_complete
+
     def _expect_head(self) -> None:
         self._head_is_there()
         self._in_head = True
@@ -78,7 +83,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_timeout = None
 
     def _on_head_timeout(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._answering:
             self._expect_head()  # the answer before it is still on its way
         elif self._num_head_bytes:
             self._refuse(ReadTimeoutError(f"the headers did not end within {self.head_seconds:g} s; send them at once"))
@@ -87,7 +92,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: SortServeError) -> None:
         """Answer and close; behind an answer that is on its way, only close: it would be taken for a part of it."""
-        if self.cycle is None or self.cycle.response_complete:
+        if not self._answering:
             self.transport.write(_bytes_of(error_response(error)))
         self.transport.close()
 
