@@ -31,6 +31,7 @@ from sortserve.engine.protocol import (
 from sortserve.engine.submodel import ModelShape, SubModel
 from sortserve.engine.text import Tokenizer
 from sortserve.server.app import create_app
+from sortserve.server.bounded_http import BoundedHttpProtocol
 from sortserve.server.state import ServerOptions, ServerState
 
 SHAPE = ModelShape(4, 64, 128, 4, 2, 16, 258)
@@ -210,9 +211,11 @@ class _ThreadServer(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI, http: type[BoundedHttpProtocol] = BoundedHttpProtocol) -> Iterator[str]:
     """The app under a real uvicorn in a thread, on a free port; yields its base URL."""
-    config = uvicorn.Config(app, port=0, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, port=0, http=http, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=2
+    )
     server = _ThreadServer(config)
     thread = threading.Thread(target=server.run)
     thread.start()

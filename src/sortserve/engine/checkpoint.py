@@ -253,7 +253,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelFolderError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights")
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelFolderError(
             f"{index} is not an index of safetensors files ({error!r}); download it again"
         ) from error

@@ -199,7 +199,7 @@ class Ladder:
         """Place of an entry by id. Raises NotFoundError that lists the ids there are."""
         if submodel_id not in self._places:
             known = ", ".join(self._places)
-            raise NotFoundError(f"no sub-model {submodel_id!r}; this ladder has: {known}", param=param)
+            raise NotFoundError(f"no sub-model {submodel_id[:64]!r}; this ladder has: {known}", param=param)
         return self._places[submodel_id]
 
     def quality_floor(self, share: float) -> int:

@@ -194,7 +194,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} cannot be read as JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} holds a {type(value).__name__}, must be an object; download it again")

@@ -87,7 +87,7 @@ def read_terms(
         )
     kv_mode, kv_param = _text(headers, ("X-KV-Mode",), body.kv_mode, "kv_mode")
     if kv_mode is not None and kv_mode not in KV_MODES:
-        raise RequestError(f"KV mode is {kv_mode!r}, must be exact or reuse", param=kv_param)
+        raise RequestError(f"KV mode is {kv_mode[:_MAX_CHARS]!r}, must be exact or reuse", param=kv_param)
     if kv_mode == "reuse" and "reuse" not in capabilities:
         raise RequestError("KV mode reuse is not supported by this back end; ask for exact", param=kv_param)
     budget = _budget(headers, body, default_budget_ms, bounds, trust_proxy_timeouts)
@@ -121,7 +121,7 @@ def _budget(
     tpot = _milliseconds(headers, TPOT_HEADERS, body.latency_budget_tpot_ms, "latency_budget_tpot_ms")
     policy, param = _text(headers, ("X-Latency-Budget-Policy",), body.latency_budget_policy, "latency_budget_policy")
     if policy is not None and policy not in POLICIES:
-        raise RequestError(f"{param} is {policy!r}, must be best-effort, strict or cut", param=param)
+        raise RequestError(f"{param} is {policy[:_MAX_CHARS]!r}, must be best-effort, strict or cut", param=param)
     if total is None and ttft is None and tpot is None:
         total = default_ms
     total = bounds.narrow(total)
@@ -161,7 +161,8 @@ def _raised(floor: str | None, bounds: Bounds, ladder: Ladder, submodel: str) ->
 def _submodel(headers: Headers, body: BodyTerms, ladder: Ladder, pinned: str | None) -> str:
     if body.submodel is not None and pinned is not None and body.submodel != pinned:
         raise RequestError(
-            f"submodel is {body.submodel!r} but the model field names {pinned!r}; give one of them", param="submodel"
+            f"submodel is {body.submodel[:_MAX_CHARS]!r} but the model field names {pinned!r}; give one of them",
+            param="submodel",
         )
     given, param = _text(headers, ("X-Submodel",), body.submodel, "submodel")
     if given is None:

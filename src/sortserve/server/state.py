@@ -99,7 +99,7 @@ class ServerState:
     def require_loaded(self) -> None:
         """Raise UnavailableError unless the model is there to be asked about."""
         if self.phase == "failed":
-            raise EngineFailedError(f"the model could not be loaded: {self.failure}")
+            raise EngineFailedError("the model could not be loaded; the server's log says why")
         if self.phase == "loading":
             raise LoadingError("the model is still loading; /ready tells when it is there")
 
