@@ -12,15 +12,18 @@ ARGS =
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 SERVE_ENV := .venv
 DEV_ENV := .venv-dev
+AUDIT_ENV := .venv-audit
 CODE := $(wildcard src tests benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench clean
+.PHONY: help serve test check fuzz audit format bench clean
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
 	@echo "make test    run the tests; ARGS='-k name ...' go to pytest"
-	@echo "make check   ruff, formatting and mypy"
+	@echo "make check   ruff, formatting, mypy and pins"
+	@echo "make fuzz    five minutes of odd requests against a real server; FUZZ_SECONDS=n for another time"
+	@echo "make audit   look for known advisories of the pinned versions; needs the package index"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   run the benchmarks; ARGS='...' go to them"
 	@echo "make clean   remove caches and build output; the virtual environments stay"
@@ -53,9 +56,23 @@ test: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m pytest $(ARGS)
 
 check: $(DEV_ENV)/.installed
-	$(DEV_ENV)/bin/ruff check $(CODE)
-	$(DEV_ENV)/bin/ruff format --check $(CODE)
+	$(DEV_ENV)/bin/ruff check $(CODE) .ci
+	$(DEV_ENV)/bin/ruff format --check $(CODE) .ci
 	$(DEV_ENV)/bin/mypy $(CODE)
+	$(DEV_ENV)/bin/mypy .ci/check_pins.py .ci/audit.py
+	$(DEV_ENV)/bin/python .ci/check_pins.py
+	$(DEV_ENV)/bin/python -m pip check
+
+# Five minutes, or FUZZ_SECONDS=n; FUZZ_SEED=n repeats the round that failed.
+fuzz: $(DEV_ENV)/.installed
+	SORTSERVE_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),300) SORTSERVE_FUZZ_SEED=$(FUZZ_SEED) \
+		$(DEV_ENV)/bin/python -m pytest -s tests/fuzz $(ARGS)
+
+# Asks the package index for known advisories, so it is no part of `check`, which needs no network.
+audit:
+	@test -x $(AUDIT_ENV)/bin/pip-audit || { $(PYTHON) -m venv --clear $(AUDIT_ENV) && \
+		$(AUDIT_ENV)/bin/python -m pip install --quiet pip-audit==2.10.1; }
+	@$(AUDIT_ENV)/bin/python .ci/audit.py
 
 format: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check --fix $(CODE)

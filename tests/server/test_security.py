@@ -26,6 +26,7 @@ from sortserve.server.schemas import MAX_MESSAGES, MAX_SEQUENCES, ChatCompletion
 from sortserve.server.state import ServerOptions
 from tests.server.fake_backend import FakeBackend, byte_tokenizer, open_client, served
 from tests.server.test_errors import error_in
+from tests.test_layout import ROOT
 
 JSON = {"Content-Type": "application/json"}
 POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
@@ -288,7 +289,7 @@ async def test_no_line_of_the_log_is_the_clients(
     assert answer.status_code in (400, 404)
     assert MADE_ID.fullmatch(answer.headers["X-Request-Id"])
     path = "/" + quote(forged, errors="replace")[:300]
-    await client.get(path, headers={"X-Request-Id": forged.encode("utf-8", "replace")})
+    await client.get(path, headers=[(b"X-Request-Id", forged.encode("utf-8", "replace"))])
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("sortserve")]
     assert len(lines) >= 2
     for line in lines:
@@ -395,3 +396,13 @@ def test_http_client_reads_a_refusal(url: str) -> None:
     assert (answer.status, answer.getheader("Content-Type")) == (431, "application/json")
     assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
     connection.close()
+
+
+def test_the_tests_that_security_md_names_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"\b(test_\w+)(?!\w|\.py)", text))
+    assert len(named) > 15
+    assert {name for name in named if f"def {name}(" not in written} == set()
+    paths = re.findall(r"`((?:tests|\.ci)/[\w./]+)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
