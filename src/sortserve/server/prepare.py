@@ -96,15 +96,15 @@ async def prepare_completion(
     body.check()
     pinned, info = state.model_and_pin(body.model), state.backend.info
     terms = _terms(body, headers, state, pinned, bounds)
-    prompts = await _prompts(body.prompt, state)
+    asked = body.asked_max_tokens()
+    max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else asked
+    prompts = await _prompts(body.prompt, max_tokens, state)
     if len(prompts) * body.num_choices > MAX_SEQUENCES:
         raise RequestError(
             f"{len(prompts)} prompts x n {body.num_choices} are {len(prompts) * body.num_choices} answers, "
             f"at most {MAX_SEQUENCES} in one request; send several requests",
             param="prompt",
         )
-    asked = body.asked_max_tokens()
-    max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else asked
     longest = max(len(prompt.tokens) for prompt in prompts)
     _check_context(longest, max_tokens, info)
     echo = bool(body.echo)
@@ -129,8 +129,8 @@ async def prepare_chat(
     shown = {} if tools is None else {"tools": [tool.for_template() for tool in body.tools or ()]}
     # 16: an empty message takes time too
     num_chars = sum(16 + len(message["content"]) for message in messages) + len(str(shown))
-    tokens = await _maybe_in_thread(num_chars, lambda: _chat_tokens(messages, shown, state))
     asked = body.asked_max_tokens()
+    tokens = await _maybe_in_thread(num_chars, lambda: _chat_tokens(messages, shown, asked or 1, state))
     # one more than fits where nothing is left, so that the error names the prompt's length and the limit
     max_tokens = max(1, info.max_model_len - len(tokens)) if asked is None else asked
     _check_prompt(tokens, info, "messages")
@@ -255,7 +255,9 @@ def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
     return bias
 
 
-async def _prompts(prompt: str | list[str] | list[int] | list[list[int]], state: ServerState) -> list[Prompt]:
+async def _prompts(
+    prompt: str | list[str] | list[int] | list[list[int]], max_tokens: int, state: ServerState
+) -> list[Prompt]:
     """One or several prompts as token ids. Raises RequestError for an empty one or ids out of range."""
     if isinstance(prompt, str):
         texts, ids = [prompt], []
@@ -267,7 +269,7 @@ async def _prompts(prompt: str | list[str] | list[int] | list[list[int]], state:
     if any(not text for text in texts):
         raise RequestError("prompt is empty; give at least one character or token", param="prompt")
     for text in texts:
-        _check_chars(text, state, "prompt")
+        _check_chars(text, max_tokens, state, "prompt")
     encoded = await _maybe_in_thread(
         sum(map(len, texts)), lambda: [Prompt(tuple(state.tokenizer.encode(text)), text) for text in texts]
     )
@@ -283,20 +285,21 @@ async def _maybe_in_thread(num_chars: int, work: Callable[[], T]) -> T:
 
 
 def _chat_tokens(
-    messages: Sequence[Mapping[str, Any]], shown: Mapping[str, Any], state: ServerState
+    messages: Sequence[Mapping[str, Any]], shown: Mapping[str, Any], max_tokens: int, state: ServerState
 ) -> list[int]:
     text = state.tokenizer.chat_text(messages, **shown)
-    _check_chars(text, state, "messages")
+    _check_chars(text, max_tokens, state, "messages")
     return state.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _check_chars(text: str, state: ServerState, param: str) -> None:
+def _check_chars(text: str, max_tokens: int, state: ServerState, param: str) -> None:
     """Refuse a text that cannot fit, without the 10 s that tokenizing 4 MiB takes."""
-    limit = state.backend.info.max_model_len * state.tokenizer.max_token_chars
-    if len(text) > limit:
+    context = state.backend.info.max_model_len
+    num_tokens = -(-len(text) // state.tokenizer.max_token_chars)
+    if num_tokens > context:
         raise ContextLengthError(
-            f"the prompt has {len(text)} characters; this model's context is {state.backend.info.max_model_len} tokens, "
-            f"which hold at most {limit}: shorten the prompt",
+            f"the prompt has {len(text)} characters, at least {num_tokens} tokens, and max_tokens is {max_tokens}; "
+            f"this model's context is {context} tokens: shorten the prompt",
             param=param,
         )
 
