@@ -204,10 +204,8 @@ async def test_tokenize_and_back(client: httpx.AsyncClient) -> None:
     assert (info["bos_token"], info["eos_token"]) == ("<bos>", "<eos>")
 
 
-async def test_version_and_schema(client: httpx.AsyncClient) -> None:
+async def test_version(client: httpx.AsyncClient) -> None:
     assert (await client.get("/version")).json() == {"version": sortserve.__version__}
-    schema = (await client.get("/openapi.json")).json()
-    assert set(schema["paths"]["/v1/completions"]["post"]["responses"]) == {"200", "4XX", "5XX"}
 
 
 # --- ids, metrics

@@ -14,6 +14,7 @@ from sortserve.engine.text import Tokenizer
 from sortserve.server.console import console_routes
 from sortserve.server.context import EXPOSED_HEADERS, ContextMiddleware
 from sortserve.server.errors import install_error_handlers
+from sortserve.server.openapi import install_openapi
 from sortserve.server.routes import generation_routes, model_routes, operation_routes
 from sortserve.server.state import ServerOptions, ServerState
 
@@ -54,6 +55,7 @@ def create_app(
     for routes in (generation_routes, model_routes, operation_routes):
         app.include_router(routes(state))
     app.include_router(console_routes())
+    install_openapi(app, state)
     app.add_middleware(ContextMiddleware, state=state, tracing=tracing)
     if state.options.allow_origins:
         app.add_middleware(

@@ -5,7 +5,6 @@ import logging
 import re
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -17,21 +16,28 @@ from sortserve.engine.errors import (
     UnavailableError,
 )
 from sortserve.engine.protocol import EngineStats
+from sortserve.server.answers_schema import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    Health,
+    ModelCard,
+    ModelList,
+    Readiness,
+    SubmodelCard,
+    SubmodelList,
+    SubmodelQuality,
+    SubmodelSkips,
+    TokenizeResponse,
+    TokenizerInfo,
+    Version,
+)
 from sortserve.server.completions import Generation
+from sortserve.server.documented import answered, generated, generation_extra, plain_text
 from sortserve.server.errors import LoadingError
 from sortserve.server.prepare import Job, prepare_chat, prepare_completion
 from sortserve.server.record import REQUEST_ID, Record
-from sortserve.server.schemas import (
-    ChatCompletionRequest,
-    ChatCompletionResponse,
-    CompletionRequest,
-    CompletionResponse,
-    DetokenizeRequest,
-    DetokenizeResponse,
-    ErrorResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-)
+from sortserve.server.schemas import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from sortserve.server.state import ServerState
 
 _LOG = logging.getLogger("sortserve.server")
@@ -39,20 +45,37 @@ _STATS_SECONDS = 2.0  # a scrape must not hang on an engine that does
 _PREDICTED_PROMPT_TOKENS = 256
 _MAX_SHOWN_FIELDS = 20
 _FIELD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+_EXAMPLES: list[dict[str, Any]] = [
+    {"max_tokens": 8, "temperature": 0, "latency_budget_ms": 500},
+    {"max_tokens": 8, "seed": 1, "n": 2, "stop": ["."], "stream": True, "stream_options": {"include_usage": True}},
+]
+_PROMPT_EXAMPLES = [*_EXAMPLES, {"max_tokens": 0, "echo": True, "logprobs": 1}]
+_CHAT_EXAMPLES = [*_EXAMPLES, {"max_tokens": 2, "logprobs": True, "top_logprobs": 2}]
 
 
 def generation_routes(state: ServerState) -> APIRouter:
     """Completions and chat completions."""
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=answered(400, 401, 404, 413, 429, 500, 503))
 
-    @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionResponse}})
+    @router.post(
+        "/v1/completions",
+        response_model=None,
+        responses=generated(CompletionResponse, "text_completion"),
+        openapi_extra=generation_extra(*({"prompt": "Once upon a time", **fields} for fields in _PROMPT_EXAMPLES)),
+    )
     async def completions(request: Request, body: CompletionRequest) -> Response:
         record = _take_up(request, body, state)
         job = await prepare_completion(body, request.headers, record.arrival, state, record.bounds)
         return await _generate(request, record, job)
 
-    @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatCompletionResponse}})
+    @router.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=generated(ChatCompletionResponse, "chat.completion.chunk"),
+        openapi_extra=generation_extra(
+            *({"messages": [{"role": "user", "content": "Hello"}], **fields} for fields in _CHAT_EXAMPLES)
+        ),
+    )
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         record = _take_up(request, body, state)
         job = await prepare_chat(body, request.headers, record.arrival, state, record.bounds)
@@ -67,31 +90,31 @@ def generation_routes(state: ServerState) -> APIRouter:
 
 def model_routes(state: ServerState) -> APIRouter:
     """What is served: models, sub-models, and the tokenizer."""
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=answered(401, 500, 503))
 
     @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         state.require_loaded()
-        return {"object": "list", "data": _models(state)}
+        return ModelList(data=_models(state))
 
-    @router.get("/v1/models/{model_id:path}")
-    async def model(model_id: str) -> dict[str, Any]:
+    @router.get("/v1/models/{model_id:path}", responses=answered(404))
+    async def model(model_id: str) -> ModelCard:
         state.require_loaded()
         state.model_and_pin(model_id)
-        return next(model for model in _models(state) if model["id"] == model_id)
+        return next(model for model in _models(state) if model.id == model_id)
 
     @router.get("/v1/submodels")
-    async def submodels() -> dict[str, Any]:
+    async def submodels() -> SubmodelList:
         state.require_ready()
-        return {"object": "list", "data": await _submodels(state)}
+        return SubmodelList(data=await _submodels(state))
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", responses=answered(400, 413))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         state.require_loaded()
         tokens = await asyncio.to_thread(state.tokenizer.encode, body.prompt, body.add_special_tokens)
         return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.backend.info.max_model_len)
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", responses=answered(400, 413))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         state.require_loaded()
         limit = state.backend.info.vocab_size
@@ -101,38 +124,43 @@ def model_routes(state: ServerState) -> APIRouter:
         return DetokenizeResponse(prompt=text)
 
     @router.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
+    async def tokenizer_info() -> TokenizerInfo:
         tokenizer = state.tokenizer
-        return {
-            "tokenizer_class": tokenizer.config.get("tokenizer_class"),
-            "bos_token": tokenizer.bos_token,
-            "eos_token": tokenizer.eos_token,
-            "chat_template": tokenizer.chat_template,
-        }
+        return TokenizerInfo(
+            tokenizer_class=tokenizer.config.get("tokenizer_class"),
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            chat_template=tokenizer.chat_template,
+        )
 
     return router
 
 
 def operation_routes(state: ServerState) -> APIRouter:
     """Probes, metrics, version."""
-    router = APIRouter(responses=_ERRORS)
+    router = APIRouter(responses=answered(500))
 
-    @router.get("/health")
-    async def health() -> dict[str, str]:
+    @router.get("/health", responses=answered(503))
+    async def health() -> Health:
         if state.phase == "failed" or (state.phase == "ready" and not state.backend.alive):
             raise EngineFailedError("the engine is dead; the server must be restarted")
-        return {"status": "ok"}
+        return Health()
 
-    @router.get("/ready")
-    async def ready() -> dict[str, str]:
+    @router.get("/ready", responses=answered(503))
+    async def ready() -> Readiness:
         state.require_ready()
-        return {"status": "ready"}
+        return Readiness()
 
     @router.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": sortserve.__version__}
+    async def version() -> Version:
+        return Version(version=sortserve.__version__)
 
-    @router.get("/metrics", response_model=None)
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        response_model=None,
+        responses=plain_text("text/plain", "application/openmetrics-text"),
+    )
     async def metrics(request: Request) -> Response:
         stats = await _stats(state) if state.phase in ("ready", "draining") else None
         state.metrics.take(stats, ready=state.phase == "ready" and state.backend.ready, restarts=state.backend.restarts)
@@ -166,42 +194,45 @@ def _drop_reason(error: UnavailableError) -> str:
     return reasons.get(type(error), "engine_failed")
 
 
-def _models(state: ServerState) -> list[dict[str, Any]]:
+def _models(state: ServerState) -> list[ModelCard]:
     info = state.backend.info
-    common = {"object": "model", "created": state.created, "owned_by": "sortserve", "max_model_len": info.max_model_len}
-    base = {"id": info.model, **common, "root": info.model, "parent": None}
-    return [base] + [
-        {"id": f"{info.model}:{entry.id}", **common, "root": info.model, "parent": info.model}
-        for entry in info.ladder.entries
-    ]
+
+    def card(name: str, parent: str | None) -> ModelCard:
+        return ModelCard(
+            id=name, created=state.created, max_model_len=info.max_model_len, root=info.model, parent=parent
+        )
+
+    submodels = [card(f"{info.model}:{entry.id}", info.model) for entry in info.ladder.entries]
+    return [card(info.model, None), *submodels]
 
 
-async def _submodels(state: ServerState) -> list[dict[str, Any]]:
+async def _submodels(state: ServerState) -> list[SubmodelCard]:
     """The ladder with what each sub-model would take for one more request of 256 prompt tokens now."""
     ladder = state.backend.info.ladder
     predictions = await state.backend.predict(_PREDICTED_PROMPT_TOKENS)
     metric = ladder.measured.metric if ladder.measured is not None else None
-    told = []
+    cards = []
     for entry in ladder.entries:
         quality, submodel, prediction = entry.quality, entry.submodel, predictions.get(entry.id)
-        told.append(
-            {
-                "id": entry.id,
-                "object": "submodel",
-                "depth": submodel.depth,
-                "width": submodel.widths[0] if len(set(submodel.widths)) == 1 else list(submodel.widths),
-                "skips": {
-                    "attention": list(submodel.skip_attention),
-                    "ffn": [layer for layer, width in enumerate(submodel.widths) if width == 0],
-                },
-                "parameters": submodel.parameters(ladder.shape),
-                "degraded": entry.degraded,
-                "quality": None if quality is None else {"metric": metric, **msgspec.structs.asdict(quality)},
-                "predicted_ttft_ms": None if prediction is None else prediction.ttft_seconds * 1e3,
-                "predicted_tpot_ms": None if prediction is None else prediction.tpot_seconds * 1e3,
-            }
+        cards.append(
+            SubmodelCard(
+                id=entry.id,
+                depth=submodel.depth,
+                width=submodel.widths[0] if len(set(submodel.widths)) == 1 else list(submodel.widths),
+                skips=SubmodelSkips(
+                    attention=list(submodel.skip_attention),
+                    ffn=[layer for layer, width in enumerate(submodel.widths) if width == 0],
+                ),
+                parameters=submodel.parameters(ladder.shape),
+                degraded=entry.degraded,
+                quality=None
+                if quality is None
+                else SubmodelQuality(metric=metric, value=quality.value, low=quality.low, high=quality.high),
+                predicted_ttft_ms=None if prediction is None else prediction.ttft_seconds * 1e3,
+                predicted_tpot_ms=None if prediction is None else prediction.tpot_seconds * 1e3,
+            )
         )
-    return told
+    return cards
 
 
 async def _stats(state: ServerState) -> EngineStats | None:

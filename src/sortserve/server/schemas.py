@@ -6,12 +6,13 @@ Unknown fields are kept aside (`model_extra`) for a log line; `unsupported` name
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sortserve.engine.errors import RequestError
 from sortserve.engine.sampling import MAX_LOGIT_BIAS
+from sortserve.server.documented import add_limits
 from sortserve.server.structured import MAX_TOOLS, ResponseFormat, ToolChoice, Tools
 
 MAX_CHOICES = 16
@@ -47,7 +48,7 @@ class StreamOptions(BaseModel):
 class GenerationFields(BaseModel):
     """What completions and chat completions have in common."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=add_limits)
 
     model: str | None = None
     max_tokens: Int64 | None = None
@@ -244,84 +245,3 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     tokens: TokenIds
-
-
-# --- what is answered, for /openapi.json ------------------------------------------------------------------------------
-
-
-class ErrorObject(BaseModel):
-    """What went wrong; `code` is a stable word, `param` the field or header."""
-
-    message: str
-    type: Literal[
-        "invalid_request_error", "authentication_error", "not_found_error", "rate_limit_error", "server_error"
-    ]
-    param: str | None
-    code: str
-
-
-class ErrorResponse(BaseModel):
-    """Body of every answer that is not 2xx."""
-
-    error: ErrorObject
-
-
-class Usage(BaseModel):
-    """Tokens in and out."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Told(BaseModel):
-    """The `sortserve` object: which sub-models made the answer, and whether the budget was met."""
-
-    submodels: dict[str, int]
-    switches: int
-    refilled_tokens: int
-    budget_ms: float | None
-    elapsed_ms: float
-    ttft_ms: float | None
-    tpot_ms: float | None
-    met: bool | None
-    kv: Literal["exact", "reuse"]
-    cut: bool
-
-
-class AnswerFields(BaseModel):
-    """What both kinds of answer have in common."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[dict[str, Any]]
-    usage: Usage
-    sortserve: Told
-
-
-class CompletionResponse(AnswerFields):
-    """Answer of /v1/completions when it is not streamed."""
-
-    object: Literal["text_completion"]
-
-
-class ChatCompletionResponse(AnswerFields):
-    """Answer of /v1/chat/completions when it is not streamed."""
-
-    object: Literal["chat.completion"]
-
-
-class TokenizeResponse(BaseModel):
-    """Answer of /tokenize."""
-
-    tokens: list[int]
-    count: int
-    max_model_len: int
-
-
-class DetokenizeResponse(BaseModel):
-    """Answer of /detokenize."""
-
-    prompt: str
