@@ -16,13 +16,15 @@ AUDIT_ENV := .venv-audit
 CODE := $(wildcard src tests benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check fuzz audit format bench clean
+.PHONY: help serve test test-compat check fuzz audit format bench soak clean
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
 	@echo "make test    run the tests; ARGS='-k name ...' go to pytest"
+	@echo "make test-compat   run public clients and tools against a server; their environments take minutes to make, once"
 	@echo "make check   ruff, formatting, mypy and pins"
 	@echo "make fuzz    five minutes of odd requests against a real server; FUZZ_SECONDS=n for another time"
+	@echo "make soak    fifteen minutes of mixed traffic: memory must stay flat; ARGS='--seconds n' for another time"
 	@echo "make audit   look for known advisories of the pinned versions; needs the package index"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   run the benchmarks; ARGS='...' go to them"
@@ -54,6 +56,9 @@ serve: $(SERVE_ENV)/.installed
 
 test: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m pytest $(ARGS)
+
+test-compat: $(DEV_ENV)/.installed
+	@$(DEV_ENV)/bin/python -m pytest tests/compat $(ARGS)
 
 check: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check $(CODE) .ci

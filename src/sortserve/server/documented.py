@@ -178,7 +178,8 @@ def generated(model: type[BaseModel], chunk: str) -> Responses:
         "`stream_options.include_usage` one more with `usage` and no choices; the last one is `data: [DONE]`. An error "
         "on the way is one event with the key `error`. The last object also carries `sortserve`."
     )
-    content = {"text/event-stream": {"schema": {"type": "string", "description": stream}}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "description": stream}}}
+    content = {"text/event-stream": {"itemSchema": event}}
     return {
         200: {
             "model": model,
