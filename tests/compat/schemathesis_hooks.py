@@ -18,7 +18,6 @@ ALIASES = (
 )
 
 
-@schemathesis.hook
 def map_headers(context: Any, headers: Any) -> Any:
     """Of names that mean the same keep one; two are refused, which tests of the server's own cover."""
     for names in ALIASES:
@@ -27,7 +26,6 @@ def map_headers(context: Any, headers: Any) -> Any:
     return headers
 
 
-@schemathesis.hook
 def map_body(context: Any, body: Any) -> Any:
     """Repair what contradicts itself in a generation request."""
     if not isinstance(body, dict) or not ("prompt" in body or "messages" in body):
@@ -57,3 +55,7 @@ def map_body(context: Any, body: Any) -> Any:
         for name in ("model", "submodel_floor", "quality_floor"):
             body.pop(name, None)
     return body
+
+
+schemathesis.hook(map_headers)
+schemathesis.hook(map_body)

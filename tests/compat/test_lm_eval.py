@@ -82,7 +82,7 @@ class Reference:
 
     def __init__(self, depth: int, width: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
-        self.model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32)  # in eval mode as it comes
         layers = self.model.model.layers[:depth]
         self.model.model.layers = layers
         self.model.config.num_hidden_layers = depth
@@ -112,8 +112,7 @@ class Reference:
         start = len(ids)
         for _ in range(NUM_TOKENS):
             ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
-        written: str = self.tokenizer.decode(ids[start:])
-        return written.split(".")[0]
+        return str(self.tokenizer.decode(ids[start:])).split(".")[0]
 
 
 def reference(scored: Scored) -> Reference:

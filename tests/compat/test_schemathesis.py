@@ -37,7 +37,8 @@ def fuzz(server: Server, folder: Path, *options: str, checks: Sequence[str] = CH
         "run",
         f"{server.url}/openapi.json",
         *("--max-examples", str(MAX_EXAMPLES), "--checks", ",".join(checks)),
-        *("--workers", "4", "--continue-on-failure", "--suppress-health-check", "all"),
+        # one worker: with threads Python 3.11.7's parser, which hypothesis uses, raises "recursion depth mismatch"
+        *("--workers", "1", "--continue-on-failure", "--suppress-health-check", "all"),
         *options,
         folder=folder,
         SCHEMATHESIS_HOOKS="schemathesis_hooks",
@@ -47,7 +48,7 @@ def fuzz(server: Server, folder: Path, *options: str, checks: Sequence[str] = CH
     assert num_operations >= 12
     assert f"{num_operations} selected / {num_operations} total" in printed
     assert re.search(rf"Tested: +{num_operations}\n", printed)
-    assert "No issues found" in printed
+    assert re.search(r"\b(\d+) generated, \1 passed\n", printed)
     assert server.counted("requests_total", status="500") == 0
     return server.counted("requests_total", status="200") - before
 

@@ -86,6 +86,7 @@ async def test_refusals(stream: bool, error: str, status: int, code: str, header
     ("method", "path", "status", "code"),
     [
         ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/version/", 404, "not_found"),  # not a redirect
         ("GET", "/v1/completions", 405, "method_not_allowed"),
         ("POST", "/health", 405, "method_not_allowed"),
         ("GET", "/v1/models/other", 404, "model_not_found"),

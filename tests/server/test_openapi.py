@@ -10,7 +10,7 @@ from sortserve.server.documented import LIMITS
 from sortserve.server.state import ServerOptions
 from tests.server.fake_backend import MAX_MODEL_LEN, FakeBackend, open_client
 
-ERRORS = {"400", "401", "404", "413", "429", "500", "503"}
+ERRORS = {"400", "401", "404", "408", "413", "429", "431", "500", "503"}
 SHORT = 1e-6  # over a limit by that much is over it
 CHAT_ONLY = {"top_logprobs": {"logprobs": True}}  # what such a field needs beside it
 BESIDE: dict[str, dict[str, Any]] = {
@@ -79,7 +79,7 @@ async def test_answers_by_status(client: httpx.AsyncClient) -> None:
         assert "Retry-After" in operation["responses"]["429"]["headers"]
         names = {parameter["name"] for parameter in operation["parameters"]}
         assert {"X-Latency-Budget-Ms", "x-slo-ttft-ms", "X-Submodel", "X-KV-Mode"} <= names
-    assert set(paths["/health"]["get"]["responses"]) == {"200", "500", "503"}
+    assert set(paths["/health"]["get"]["responses"]) == {"200", "431", "500", "503"}
     assert all("422" not in operation["responses"] for path in paths.values() for operation in path.values())
 
 

@@ -36,7 +36,7 @@ class PromptTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens in and out. Details are left out where a stop string ended an answer."""
+    """Tokens in and out."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -47,12 +47,12 @@ class Usage(BaseModel):
 class Told(BaseModel):
     """The `sortserve` object: which sub-models made the answer, and whether the budget was met.
 
-    `submodels` counts output tokens by sub-model id. `refilled_tokens` is null where a stop string ended an answer.
+    `submodels` counts output tokens by sub-model id.
     """
 
     submodels: dict[str, int]
     switches: int
-    refilled_tokens: int | None
+    refilled_tokens: int
     budget_ms: float | None
     elapsed_ms: float
     ttft_ms: float | None
@@ -119,12 +119,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """A function's name, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """One call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(BaseModel):
-    """What the model says."""
+    """What the model says, or what it wants called."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -133,7 +149,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletionResponse(AnswerFields):

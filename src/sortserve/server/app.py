@@ -50,6 +50,7 @@ def create_app(
 
     # no /docs: its page loads scripts from other sites
     app = FastAPI(title="SortServe", version=sortserve.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # a 307 would be an answer that is neither 2xx nor an error object
     app.state.server = state
     install_error_handlers(app)
     for routes in (generation_routes, model_routes, operation_routes):

@@ -20,7 +20,6 @@ _MILLISECONDS: dict[str, dict[str, Any]] = {
     "string": {"pattern": _DURATION},
 }
 _REQUEST_ID = r"^[A-Za-z0-9._:/+=@-]{1,128}$"
-_EMPTY = {"array": {"maxItems": 0}}  # known, but only served empty
 
 # Limits of body fields by JSON type. SamplingParams, Budget and schemas.py enforce them; a test compares.
 LIMITS: dict[str, dict[str, dict[str, Any]]] = {
@@ -54,8 +53,7 @@ LIMITS: dict[str, dict[str, dict[str, Any]]] = {
     "top_logprobs": {"integer": {"minimum": 0, "maximum": MAX_LOGPROBS}},
     "priority": {"integer": {"minimum": 0, "maximum": 0}},
     "suffix": {"string": {"maxLength": 0}},
-    "tools": _EMPTY,
-    "functions": _EMPTY,
+    "functions": {"array": {"maxItems": 0}},
     "quality_floor": {"number": {"minimum": 0, "maximum": 1}},
     "latency_budget_ms": _MILLISECONDS,
     "latency_budget_ttft_ms": _MILLISECONDS,
@@ -156,8 +154,10 @@ _ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
     ),
     401: ("The API key is missing or unknown", {"WWW-Authenticate": _header("Bearer")}),
     404: ("Unknown model or sub-model; the message lists what there is", {}),
+    408: ("The client stopped in the middle of its body", _RETRY_HEADERS),
     413: ("The body is over the limit", {}),
     429: ("The queue is full, or a strict budget cannot be met now", _RETRY_HEADERS),
+    431: ("Request line and headers are over the limit", {}),
     500: ("Our own bug; the log has it under the X-Request-Id", {}),
     503: ("Loading, shutting down, or the engine died", _RETRY_HEADERS),
 }

@@ -55,7 +55,7 @@ _CHAT_EXAMPLES = [*_EXAMPLES, {"max_tokens": 2, "logprobs": True, "top_logprobs"
 
 def generation_routes(state: ServerState) -> APIRouter:
     """Completions and chat completions."""
-    router = APIRouter(responses=answered(400, 401, 404, 413, 429, 500, 503))
+    router = APIRouter(responses=answered(400, 401, 404, 408, 413, 429, 431, 500, 503))
 
     @router.post(
         "/v1/completions",
@@ -90,7 +90,7 @@ def generation_routes(state: ServerState) -> APIRouter:
 
 def model_routes(state: ServerState) -> APIRouter:
     """What is served: models, sub-models, and the tokenizer."""
-    router = APIRouter(responses=answered(401, 500, 503))
+    router = APIRouter(responses=answered(401, 431, 500, 503))
 
     @router.get("/v1/models")
     async def models() -> ModelList:
@@ -108,13 +108,13 @@ def model_routes(state: ServerState) -> APIRouter:
         state.require_ready()
         return SubmodelList(data=await _submodels(state))
 
-    @router.post("/tokenize", responses=answered(400, 413))
+    @router.post("/tokenize", responses=answered(400, 408, 413))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         state.require_loaded()
         tokens = await asyncio.to_thread(state.tokenizer.encode, body.prompt, body.add_special_tokens)
         return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.backend.info.max_model_len)
 
-    @router.post("/detokenize", responses=answered(400, 413))
+    @router.post("/detokenize", responses=answered(400, 408, 413))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         state.require_loaded()
         limit = state.backend.info.vocab_size
@@ -138,7 +138,7 @@ def model_routes(state: ServerState) -> APIRouter:
 
 def operation_routes(state: ServerState) -> APIRouter:
     """Probes, metrics, version."""
-    router = APIRouter(responses=answered(500))
+    router = APIRouter(responses=answered(431, 500))
 
     @router.get("/health", responses=answered(503))
     async def health() -> Health:

@@ -61,7 +61,7 @@ class Client:
         async def ask(client: openai.AsyncOpenAI, number: int) -> str:
             if number % 2:
                 answer = await client.completions.create(prompt=f"{PROMPT} {number // 2}", **GREEDY)
-                return answer.choices[0].text
+                return str(answer.choices[0].text)
             chunks = await client.completions.create(prompt=f"{PROMPT} {number // 2}", stream=True, **GREEDY)
             return "".join([chunk.choices[0].text async for chunk in chunks if chunk.choices])
 
