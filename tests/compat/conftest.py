@@ -4,20 +4,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.compat.servers import Server, serving
+from tests.compat.servers import serving
+from tests.server.real_server import Server
 
 KEY = "sk-compat"
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     """Without a key; shared by tools that only ask it things."""
-    with serving(tmp_path_factory.mktemp("server") / "log") as started:
+    with serving() as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def keyed_server() -> Iterator[Server]:
     """Asks for the key KEY, and lets two requests wait, so that a few prompts at once are too many."""
-    with serving(tmp_path_factory.mktemp("keyed") / "log", "--api-key", KEY, "--max-queue", "2") as started:
+    with serving("--api-key", KEY, "--max-queue", "2") as started:
         yield started

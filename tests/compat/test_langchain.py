@@ -5,11 +5,12 @@ import json
 import pytest
 
 from tests.compat.environments import HERE, environment
-from tests.compat.servers import Server
+from tests.compat.servers import counted
+from tests.server.real_server import Server
 
 
 def test_langchain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> None:
-    budgets = server.counted("budget_requests_total")
+    budgets = counted(server, "budget_requests_total")
     script = str(HERE / "clients" / "langchain_client.py")
     tool = environment("langchain-openai")
     seen = json.loads(tool.run("python", script, server.url, folder=tmp_path_factory.mktemp("langchain")))
@@ -33,7 +34,7 @@ def test_langchain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> 
     assert seen["budget"]["headers"]["x-latency-budget-ms"] == "30000"
     assert seen["budget"]["headers"]["x-latency-budget-status"] == "met"
     assert seen["budget"]["content"] == text
-    assert server.counted("budget_requests_total") == budgets + 1
+    assert counted(server, "budget_requests_total") == budgets + 1
 
     assert seen["pinned"].endswith("-d2-w25")
     assert "".join(seen["completion_stream"]) == seen["completion"] != ""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sortserve.server.cli import BUNDLED
 from tests.compat.environments import HERE, environment
-from tests.compat.servers import Server
+from tests.server.real_server import Server
 
 TASKS = ("held_out_books", "next_words", "continue_books")
 RELATIVE = 2e-4  # of a sum of log-probabilities; float32 on both sides differs by about 1e-6

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from sortserve.server.cli import BUNDLED
 from tests.compat.environments import environment
-from tests.compat.servers import Server
+from tests.compat.servers import counted
+from tests.server.real_server import Server
 
 NUM_REQUESTS = 40
 OUTPUT_TOKENS = 16
@@ -18,7 +19,7 @@ def test_guidellm(server: Server, tmp_path: Path) -> None:
         "model": "bundled",
         "extras": {"headers": {"X-Latency-Budget-Ms": "300"}},
     }
-    before = server.counted("budget_requests_total")
+    before = counted(server, "budget_requests_total")
     environment("guidellm").run(
         "guidellm",
         "run",
@@ -38,11 +39,11 @@ def test_guidellm(server: Server, tmp_path: Path) -> None:
         assert request["output_metrics"]["text_tokens"] == OUTPUT_TOKENS, "as the server's usage tells"
     first = benchmark["metrics"]["time_to_first_token_ms"]["successful"]["median"]
     assert 0 < first < benchmark["metrics"]["request_latency"]["successful"]["median"] * 1e3
-    assert server.counted("budget_requests_total") == before + NUM_REQUESTS
+    assert counted(server, "budget_requests_total") == before + NUM_REQUESTS
 
 
 def test_aiperf(server: Server, tmp_path: Path) -> None:
-    before = server.counted("budget_requests_total")
+    before = counted(server, "budget_requests_total")
     environment("aiperf").run(
         "aiperf",
         "profile",
@@ -60,4 +61,4 @@ def test_aiperf(server: Server, tmp_path: Path) -> None:
     assert found["request_error_rate"]["avg"] == 0
     assert found["usage_completion_tokens"]["avg"] == OUTPUT_TOKENS
     assert 0 < found["time_to_first_token"]["avg"] < found["request_latency"]["avg"]
-    assert server.counted("budget_requests_total") == before + NUM_REQUESTS
+    assert counted(server, "budget_requests_total") == before + NUM_REQUESTS

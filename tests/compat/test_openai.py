@@ -10,7 +10,8 @@ import pytest
 
 from tests.compat.conftest import KEY
 from tests.compat.environments import HERE, environment
-from tests.compat.servers import Server, serving
+from tests.compat.servers import counted, serving
+from tests.server.real_server import Server
 
 SCENARIOS = ("completions", "chat", "asynchronous", "logprobs", "several", "budgets", "models", "refusals")
 Seen = Mapping[str, Any]
@@ -182,13 +183,13 @@ def test_keys(keyed_server: Server, tmp_path: Path) -> None:
 
 def test_overload_is_tried_again(keyed_server: Server, tmp_path: Path) -> None:
     """A RateLimitError after as many tries as the client was told to make; the next request is served."""
-    before = keyed_server.counted("requests_total", status="429")
+    before = counted(keyed_server, "requests_total", status="429")
     found = ask(keyed_server, KEY, tmp_path, "overload")["overload"]
     refusal = found["refused"]
     told = tuple(refusal[part] for part in ("class", "status", "code", "type"))
     assert told == ("RateLimitError", 429, "overloaded", "rate_limit_error")
     assert refusal["retries"] == 2
-    assert keyed_server.counted("requests_total", status="429") == before + 3
+    assert counted(keyed_server, "requests_total", status="429") == before + 3
     assert float(refusal["headers"]["retry-after-ms"]) > 0
     assert int(refusal["headers"]["retry-after"]) >= 1
     assert refusal["headers"]["x-dropped-reason"] == "rejected-saturated"
@@ -196,7 +197,7 @@ def test_overload_is_tried_again(keyed_server: Server, tmp_path: Path) -> None:
 
 
 def test_draining(tmp_path: Path) -> None:
-    with serving(tmp_path / "log") as server:
+    with serving() as server:
         found = ask(server, "none", tmp_path, "drain")["drain"]
         assert server.process.wait(30) == 0, "it exits when the stream is done, long before --shutdown-timeout"
     refusal = found["refused"]
