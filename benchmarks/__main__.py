@@ -1,4 +1,6 @@
-"""`python -m benchmarks [NAME ...] [--model FOLDER]`: run all benchmarks, or those named, and write results/NAME.json."""
+"""`python -m benchmarks [NAME ...] [--model FOLDER]`: run all benchmarks, or those named, and write results/NAME.json.
+
+`http` serves the bundled model, whatever is named."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +8,13 @@ from pathlib import Path
 from benchmarks import decode, http, one_set, submodels, switching
 from benchmarks.common import DEFAULT_MODEL
 
-BENCHMARKS = {"decode": decode.run, "submodels": submodels.run, "switching": switching.run, "one_set": one_set.run, "http": http.run}
+BENCHMARKS = {
+    "decode": decode.run,
+    "submodels": submodels.run,
+    "switching": switching.run,
+    "one_set": one_set.run,
+    "http": http.run,
+}
 
 
 def main() -> None:

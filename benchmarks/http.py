@@ -133,7 +133,8 @@ async def _stream(address: tuple[str, int]) -> bool:
     """One answer with log-probabilities: `text_offset` of every token says where its text must begin."""
     reader, writer = await asyncio.open_connection(*address)
     writer.write(_request(logprobs=0, stream_options={"include_usage": True}))
-    text, offsets, tokens = "", [], 0
+    text, tokens = "", 0
+    offsets: list[int] = []
     async for line in reader:
         if line.startswith(b"data: [DONE]"):
             break

@@ -9,7 +9,7 @@ from typing import Any
 import schemathesis
 
 LONG = 8  # tokens; more teach nothing and take seconds, with up to 16 answers to several prompts
-UNSERVED = ("response_format", "tools", "functions", "tool_choice", "best_of", "suffix", "modalities", "audio")
+UNSERVED = ("functions", "best_of", "suffix", "modalities", "audio")
 
 
 ALIASES = (

@@ -9,10 +9,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import zmq
-import zmq.asyncio
 
 from sortserve.engine import messages
 from sortserve.engine.config import EngineConfig
@@ -28,7 +27,6 @@ from sortserve.engine.messages import (
     Loading,
     NotLoaded,
     Stop,
-    Stopped,
     Submit,
 )
 from sortserve.engine.protocol import EngineInfo, Event, FailedEvent, FinishedEvent, GenerateRequest
@@ -38,6 +36,7 @@ COMMAND = (sys.executable, "-P", "-m", "sortserve.engine.process")  # -P: no mod
 _ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 """PyTorch and oneDNN keep 1,024 compiled products each, one per matrix and number of rows: 550 MiB after 12,000 requests
 in batches of all sizes, 65 MiB with these few, which hold the products of ten sizes. Read when torch is loaded."""
+_CONNECT_MILLISECONDS = 20  # from one try to the next
 _PULSE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5  # after a time-out: it may be this process that was stopped, with the answer lying there
 
@@ -48,30 +47,40 @@ Progress = Callable[[int, int], None]
 class EngineConnection:
     """One incarnation of the engine process."""
 
-    def __init__(self, context: zmq.asyncio.Context, process: asyncio.subprocess.Process, endpoint: str) -> None:
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", process: asyncio.subprocess.Process, progress: Progress | None
+    ) -> None:
+        self._socket = socket
         self._process = process
-        self._endpoint = endpoint
-        self._socket = context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.linger = 0
-        self._socket.bind(endpoint)
+        self._progress = progress
         self._streams: dict[str, asyncio.Queue[Event]] = {}
         self._questions: dict[int, asyncio.Future[Answer]] = {}
         self._numbers = itertools.count()
-        self._receiving: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._over: str | None = None
+        self._loop.add_reader(socket.fileno(), self._read)
 
     @classmethod
     async def spawn(
-        cls, context: zmq.asyncio.Context, directory: Path, name: str, command: Sequence[str] = COMMAND
+        cls,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        endpoint: str,
+        progress: Progress | None = None,
+        command: Sequence[str] = COMMAND,
     ) -> "EngineConnection":
-        """Start the process; its socket is `directory`/`name`, reached by whoever may read the directory."""
-        endpoint = f"ipc://{directory / name}"
+        """Start the process, which binds `endpoint` and is ended by whoever has the connection."""
         # its own session: Ctrl-C is for the server, which tells the engine what it must know
         process = await asyncio.create_subprocess_exec(
             *command, endpoint, stdin=asyncio.subprocess.PIPE, start_new_session=True, env=os.environ | _ENVIRONMENT
         )
-        return cls(context, process, endpoint)
+        socket = context.socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.linger = 0
+        socket.reconnect_ivl = _CONNECT_MILLISECONDS
+        socket.connect(endpoint)  # the side that connects may send before the other one is there
+        return cls(socket, process, progress)
 
     @property
     def pid(self) -> int:
@@ -83,24 +92,20 @@ class EngineConnection:
         """Requests that have not ended."""
         return len(self._streams)
 
-    async def load(self, config: EngineConfig, progress: Progress | None = None) -> EngineInfo:
+    async def load(self, config: EngineConfig) -> EngineInfo:
         """Have the model loaded. Raises StartupError as the engine does, EngineFailedError if the process dies of it."""
         self._tell(Load(config, _LOG.getEffectiveLevel(), configured_format()))
-        loading = asyncio.create_task(self._until_loaded(progress))
         exited = asyncio.create_task(self._process.wait())
         try:
-            await asyncio.wait({loading, exited}, return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():  # its last words may still be on their way
-                await asyncio.wait({loading}, timeout=_GRACE_SECONDS)
-            if not loading.done():
-                raise EngineFailedError(f"the engine process died while it was loading: {self._exit_status()}")
-            info = loading.result()
+            ends: set[asyncio.Future[Any]] = {self._loaded, exited}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not self._loaded.done():  # its last words may still be on their way
+                await asyncio.wait({self._loaded}, timeout=_GRACE_SECONDS)
         finally:
-            for task in (loading, exited):
-                task.cancel()
-            await asyncio.gather(loading, exited, return_exceptions=True)
-        self._receiving = asyncio.create_task(self._receive())
-        return info
+            exited.cancel()
+        if not self._loaded.done():
+            raise EngineFailedError(f"the engine process died while it was loading: {self._exit_status()}")
+        return self._loaded.result()
 
     def submit(self, request: GenerateRequest) -> asyncio.Queue[Event]:
         """Hand a request over; its events, the last of which is terminal, come in the queue."""
@@ -159,21 +164,22 @@ class EngineConnection:
         try:
             async with asyncio.timeout(timeout):
                 await self._process.wait()
-                if self._receiving is not None and self._process.returncode == 0:
-                    await self._receiving  # the last events may still be on their way
+                if self._process.returncode == 0:
+                    await self._stopped  # the last events may still be on their way
         except TimeoutError:
             _LOG.warning("the engine process did not end within %g s and was killed", timeout)
         await self.kill("the engine has stopped")
 
     async def kill(self, why: str) -> None:
         """End the process at once, if it still runs, and everything that waits for it. May be called again."""
-        self._over = self._over or why
+        if self._over is None:
+            self._over = why
+            self._loop.remove_reader(self._socket.fileno())
+            self._socket.close()
         if self._process.returncode is None:
             self._process.kill()  # also ends one that was stopped
         await self._process.wait()
-        if self._receiving is not None:
-            self._receiving.cancel()
-            await asyncio.gather(self._receiving, return_exceptions=True)
+        self._loaded.cancel()
         for request_id in list(self._streams):
             self._fail(request_id)
         for answer in self._questions.values():
@@ -181,32 +187,31 @@ class EngineConnection:
                 answer.set_exception(EngineFailedError(why))
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._socket.close()
-        Path(self._endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
-    async def _until_loaded(self, progress: Progress | None) -> EngineInfo:
-        while True:
-            report = messages.decode_report(await self._socket.recv())
-            if isinstance(report, Loaded):
-                return report.info
-            if isinstance(report, NotLoaded):
-                kind = error_named(report.error)
-                raise (kind if issubclass(kind, StartupError) else StartupError)(report.message, param=report.param)
-            if isinstance(report, Loading) and progress is not None:
-                progress(report.layers_loaded, report.num_layers)
+    def _read(self) -> None:
+        """Take whatever has come. The socket tells once that something came, not as long as it lies there."""
+        while self._over is None and self._socket.poll(0):
+            self._take(messages.decode_report(self._socket.recv(zmq.NOBLOCK)))
 
-    async def _receive(self) -> None:
-        while True:
-            report = messages.decode_report(await self._socket.recv())
-            if isinstance(report, Happened):
-                for event in report.events:
-                    self._deliver(event)
-            elif isinstance(report, Answer):
-                answer = self._questions.get(report.number)
-                if answer is not None and not answer.done():
-                    answer.set_result(report)
-            elif isinstance(report, Stopped):
-                return
+    def _take(self, report: messages.Report) -> None:
+        if isinstance(report, Happened):
+            for event in report.events:
+                self._deliver(event)
+        elif isinstance(report, Answer):
+            answer = self._questions.get(report.number)
+            if answer is not None and not answer.done():
+                answer.set_result(report)
+        elif isinstance(report, Loading):
+            if self._progress is not None:
+                self._progress(report.layers_loaded, report.num_layers)
+        elif isinstance(report, Loaded):
+            self._loaded.set_result(report.info)
+        elif isinstance(report, NotLoaded):
+            kind = error_named(report.error)
+            error = kind if issubclass(kind, StartupError) else StartupError
+            self._loaded.set_exception(error(report.message, param=report.param))
+        else:
+            self._stopped.set_result(None)
 
     def _deliver(self, event: Event) -> None:
         ends = isinstance(event, FinishedEvent | FailedEvent)
@@ -220,9 +225,10 @@ class EngineConnection:
         )
 
     def _tell(self, command: messages.Command) -> None:
-        """Send without waiting: no limit is set on what may lie there, so it leaves at once."""
+        """Send without waiting: no limit is set on what may lie there, so it is taken at once."""
         if self._over is None:
-            self._socket.send(messages.encode(command))
+            self._socket.send(messages.encode(command), zmq.NOBLOCK)
+            self._loop.call_soon(self._read)  # sending may have taken the word that something came
 
     def _exit_status(self) -> str:
         code = self._process.returncode

@@ -96,12 +96,12 @@ class EngineLoop:
 
 
 def serve_engine(endpoint: str) -> int:
-    """Connect, load what is asked for, and run until told to stop; the exit code."""
+    """Bind, load what is asked for, and run until told to stop; the exit code."""
     threading.Thread(target=_end_with_parent, args=(Path(endpoint.removeprefix("ipc://")).parent,), daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)  # never blocks: what waits is bounded by the tokens of the requests that were accepted
         socket.linger = int(_LAST_WORDS_SECONDS * 1e3)
-        socket.connect(endpoint)
+        socket.bind(endpoint)
         command = messages.decode_command(socket.recv())
         assert isinstance(command, Load), "the first command is what to load"
         configure_logging(command.log_level, command.log_format)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-import zmq.asyncio
+import zmq
 
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.connection import COMMAND, EngineConnection, Progress
@@ -153,9 +153,14 @@ class ProcessBackend:
     async def _supervise(self, loaded: "asyncio.Future[None]") -> None:
         """Start engines one after the other until cancelled, or until one cannot be loaded."""
         directory = Path(tempfile.mkdtemp(prefix="sortserve-"))  # nobody else may read it
-        context = zmq.asyncio.Context()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             await self._start_engines(context, directory, loaded)
+        except Exception as error:  # a bug: whoever waits must hear of it, and probes that no engine will follow
+            _LOG.exception("the supervisor failed")
+            self._given_up = type(error).__name__
+            if not loaded.done():
+                loaded.set_exception(error)
         finally:
             if not loaded.done():
                 loaded.set_exception(DrainingError("the server was stopped while it was loading"))
@@ -163,15 +168,15 @@ class ProcessBackend:
             shutil.rmtree(directory, ignore_errors=True)
 
     async def _start_engines(
-        self, context: zmq.asyncio.Context, directory: Path, loaded: "asyncio.Future[None]"
+        self, context: "zmq.Context[zmq.Socket[bytes]]", directory: Path, loaded: "asyncio.Future[None]"
     ) -> None:
         failed_loads = young_deaths = 0
         while True:
-            name = f"engine-{self._restarts}"
-            engine = await EngineConnection.spawn(context, directory, name, self._command)
+            socket = directory / f"engine-{self._restarts}"
+            engine = await EngineConnection.spawn(context, f"ipc://{socket}", self._progress, self._command)
             why, began = "the engine has stopped", time.monotonic()
             try:
-                self._info = await engine.load(self._config, self._progress)
+                self._info = await engine.load(self._config)
                 failed_loads = 0
                 began, self._engine = time.monotonic(), engine
                 if not loaded.done():
@@ -196,6 +201,7 @@ class ProcessBackend:
             finally:
                 self._engine = None
                 await _to_the_end(engine.kill(why))
+                socket.unlink(missing_ok=True)
             young_deaths = young_deaths + 1 if time.monotonic() - began < _YOUNG_SECONDS else 0
             self._restarts += 1
             await asyncio.sleep(_PAUSES[min(young_deaths, len(_PAUSES)) - 1] if young_deaths else 0.0)

@@ -6,7 +6,7 @@ Unknown fields are kept aside (`model_extra`) for a log line; `unsupported` name
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
