@@ -86,6 +86,9 @@ format: $(DEV_ENV)/.installed
 bench: $(DEV_ENV)/.installed
 	@$(HUGE_PAGES) $(DEV_ENV)/bin/python -m benchmarks $(ARGS)
 
+soak: $(DEV_ENV)/.installed
+	@$(DEV_ENV)/bin/python -m benchmarks.soak $(ARGS)
+
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -403,6 +403,17 @@ def test_a_strict_budget_that_an_idle_server_cannot_keep() -> None:
     assert drive.summary(late).met is False
 
 
+@pytest.mark.parametrize("name", ["total_ms", "tpot_ms"])
+def test_a_strict_refusal_names_the_constraint_that_cannot_be_kept(name: str) -> None:
+    """It told the time to the first token, whatever was asked; with what it tells now the same request is accepted."""
+    drive = Drive(timed=True)
+    with pytest.raises(BudgetInfeasibleError, match="smallest feasible latency_budget_") as raised:
+        drive.submit(5, 12, budget=Budget(ttft_ms=3_600_000, policy="strict", **{name: 0.001}))
+    assert raised.value.param == ("latency_budget_ms" if name == "total_ms" else "latency_budget_tpot_ms")
+    told = int(raised.value.message.split()[-2])
+    drive.submit(5, 12, budget=Budget(policy="strict", **{name: told}))  # type: ignore[arg-type]
+
+
 def test_a_strict_budget_counts_max_tokens_only_where_they_are_certain() -> None:
     drive = Drive(timed=True)
     enough = 1e3 * (step_seconds(0, 5) + 2 * step_seconds(0, 1))

@@ -97,7 +97,7 @@ async def test_several_prompts_and_choices(client: httpx.AsyncClient, backend: F
     assert body["usage"]["completion_tokens"] == 4
     asked = backend.requests
     assert [request.prompt for request in asked] == [(97,), (97,), (98,), (98,)]
-    assert [request.sampling.seed for request in asked] == [2**63 - 1, -(2**63)] * 2
+    assert [request.sampling.seed for request in asked] == [2**63 - 1, 2**63 - 1 + 0x9E3779B97F4A7C15 - 2**64] * 2
     assert len({request.request_id for request in asked}) == 4
     assert len({request.arrival for request in asked}) == 1
 

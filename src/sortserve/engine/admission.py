@@ -96,36 +96,35 @@ def check_strict(
     if budget is None or budget.policy != "strict" or times is None:
         return
     certain = asked.sampling.max_tokens if asked.sampling.ignore_eos else 1
-    idle = _infeasible_by(asked, terms, times, factor, chunk, certain, 1)
-    if idle > 1.0:
-        smallest = math.ceil(1000 * times.prefill(terms.floor, len(asked.prompt), chunk) * factor)
+    param, needed, allowed = _tightest(asked, terms, times, factor, chunk, certain, 1)
+    if needed > allowed:
         raise BudgetInfeasibleError(
-            f"even idle, this server would take {idle:.1f} times the latency budget; "
-            f"the smallest feasible time to the first token here is about {smallest} ms",
-            param="latency_budget_ms",
+            f"even idle, this server would take {needed / allowed:.1f} times the latency budget; "
+            f"the smallest feasible {param} here is about {math.ceil(needed)} ms",
+            param=param,
         )
-    loaded = _infeasible_by(asked, terms, times, factor, chunk, certain, rows_running + 1)
-    if loaded > 1.0:
+    param, needed, allowed = _tightest(asked, terms, times, factor, chunk, certain, rows_running + 1)
+    if needed > allowed:
         raise OverloadedError(
-            f"under the present load ({rows_running} running) this would take {loaded:.1f} times the latency budget",
-            param="latency_budget_ms",
+            f"under the present load ({rows_running} running) this would take {needed / allowed:.1f} times the latency "
+            f"budget; {param} of about {math.ceil(needed)} ms could be kept now",
+            param=param,
             retry_after=times.step([(terms.floor, rows_running + 1)]) * 16,
         )
 
 
-def _infeasible_by(
+def _tightest(
     asked: GenerateRequest, terms: Terms, times: StepTimes, factor: float, chunk: int, num_tokens: int, rows: int
-) -> float:
-    """Predicted over allowed time, the worst of the budget's constraints."""
+) -> tuple[str, float, float]:
+    """The constraint that the floor is furthest from keeping: its name, and the milliseconds needed and allowed."""
     assert asked.budget is not None
-    step = times.step([(terms.floor, rows)]) * factor
-    first = times.prefill(terms.floor, len(asked.prompt), chunk) * factor + (step if rows > 1 else 0.0)
+    step = 1e3 * times.step([(terms.floor, rows)]) * factor
+    first = 1e3 * times.prefill(terms.floor, len(asked.prompt), chunk) * factor + (step if rows > 1 else 0.0)
     budget = asked.budget
-    worst = 0.0
-    if budget.ttft_ms is not None:
-        worst = max(worst, first / (budget.ttft_ms / 1e3))
-    if budget.tpot_ms is not None:
-        worst = max(worst, step / (budget.tpot_ms / 1e3))
-    if budget.total_ms is not None:
-        worst = max(worst, (first + (num_tokens - 1) * step) / (budget.total_ms / 1e3))
-    return worst
+    constraints = (
+        ("latency_budget_ttft_ms", first, budget.ttft_ms),
+        ("latency_budget_tpot_ms", step, budget.tpot_ms),
+        ("latency_budget_ms", first + (num_tokens - 1) * step, budget.total_ms),
+    )
+    given = [(name, needed, allowed) for name, needed, allowed in constraints if allowed is not None]
+    return max(given, key=lambda constraint: constraint[1] / constraint[2])

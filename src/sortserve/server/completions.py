@@ -194,7 +194,7 @@ class Generation:
         budget = self.job.terms.budget
         if budget is not None:
             given = {"": budget.total_ms, "-TTFT": budget.ttft_ms, "-TPOT": budget.tpot_ms}
-            headers |= {f"X-Latency-Budget{part}-Ms": f"{ms:g}" for part, ms in given.items() if ms is not None}
+            headers |= {f"X-Latency-Budget{part}-Ms": f"{ms:.10g}" for part, ms in given.items() if ms is not None}
             predicted_met = all(event.predicted_met for event in self.accepted)
             headers["X-Latency-Budget-Status"] = "ok" if predicted_met else "predicted-miss"
         if self.predicted_seconds is not None:

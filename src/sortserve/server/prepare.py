@@ -25,6 +25,7 @@ from sortserve.server.state import ServerState
 from sortserve.server.structured import ToolUse, check_template, grammar_of, tool_use
 
 DEFAULT_COMPLETION_TOKENS = 16
+_SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: answers to seeds 7 and 8 share none
 T = TypeVar("T")
 Endpoint = Literal["completions", "chat"]
 
@@ -72,7 +73,7 @@ class Job:
         for place in range(len(self.prompts) * self.num_choices):
             sampling, choice = self.sampling, place % self.num_choices
             if sampling.seed is not None and choice:
-                sampling = replace(sampling, seed=(sampling.seed + choice + 2**63) % 2**64 - 2**63)
+                sampling = replace(sampling, seed=(sampling.seed + choice * _SEED_STEP + 2**63) % 2**64 - 2**63)
             made.append(
                 GenerateRequest(
                     f"{self.id}-{place}",  # made here: what a client calls its request need not be unique

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 ARGUMENTS = (
@@ -39,6 +39,7 @@ def chromium(path: str) -> Iterator[Browser]:
     env: dict[str, str | float | bool] = {
         name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")
     }
+    expect.set_options(timeout=30_000)  # no expectation is a timed one: the machine may be busy
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS), env=env)
         try:

@@ -75,8 +75,7 @@ def test_the_charts_are_drawn(console: Console, console_server: Server) -> None:
     expect(page.locator(".chart canvas")).to_have_count(7)
     assert "tokens/s" in (charts.first.get_attribute("aria-label") or "")
     # the stacked area of the first chart has coloured pixels, and they are not one shade of grey
-    coloured = page.locator(".chart canvas").first.evaluate(
-        """(canvas) => {
+    count = """(canvas) => {
           const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
           let coloured = 0;
           for (let at = 0; at < data.length; at += 4) {
@@ -85,8 +84,7 @@ def test_the_charts_are_drawn(console: Console, console_server: Server) -> None:
           }
           return coloured;
         }"""
-    )
-    assert coloured > 20
+    until(page, lambda: page.locator(".chart canvas").first.evaluate(count) > 20)
 
 
 def test_the_window_can_be_changed_and_the_past_looked_at(console: Console, console_server: Server) -> None:
