@@ -411,7 +411,7 @@ def test_a_strict_refusal_names_the_constraint_that_cannot_be_kept(name: str) ->
         drive.submit(5, 12, budget=Budget(ttft_ms=3_600_000, policy="strict", **{name: 0.001}))
     assert raised.value.param == ("latency_budget_ms" if name == "total_ms" else "latency_budget_tpot_ms")
     told = int(raised.value.message.split()[-2])
-    drive.submit(5, 12, budget=Budget(policy="strict", **{name: told}))  # type: ignore[arg-type]
+    drive.submit(5, 12, budget=Budget(policy="strict", **{name: told}))
 
 
 def test_a_strict_budget_counts_max_tokens_only_where_they_are_certain() -> None:
