@@ -206,7 +206,7 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "machine": machine(),
         "figures": figures,
         "reached": checks,
@@ -214,3 +214,8 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=1) + "\n")
     print(json.dumps(line))
+
+
+def _module(path: Path) -> str:
+    """The name that `python -m` was given."""
+    return "benchmarks" if path.stem == "__main__" else f"benchmarks.{path.stem}"

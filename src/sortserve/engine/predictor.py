@@ -17,6 +17,10 @@ Floats = NDArray[np.float64]
 DEFAULT_BUCKETS = (1, 4, 16, 64, 256)
 
 
+MOST_KNOWN = 4096
+"""Step times remembered, about 3 MiB: 65,536 of them let the engine grow by a mebibyte a minute for most of an hour."""
+
+
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds by row bucket; `terms` is [3, buckets]: constant with head, per layer, per layer of full FFN width."""
@@ -53,7 +57,7 @@ class StepTimes:
         few shapes at every step, and each took 100 us to work out."""
         counts = tuple(sorted((place, count) for place, count in rows if count > 0))
         if counts not in self._known:
-            if len(self._known) > 65_536:
+            if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
             self._known[counts] = self._step(counts)
         return self._known[counts]
