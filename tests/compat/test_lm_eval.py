@@ -35,6 +35,9 @@ class Scored:
     remote: bool  # whether the server was its tokenizer
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def scored(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[Scored]:
     """The cheapest, a middle and the full sub-model; tokens by the tokenizer's files, and for the full one by the server."""

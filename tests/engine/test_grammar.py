@@ -534,7 +534,7 @@ def test_llm_raises_what_failed(folder: Path) -> None:
 def test_a_model_that_cannot_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="end-of-sequence"):
         Grammars(BUNDLED, PADDED, ()).allowed("r", json_grammar({}), ())
-    with pytest.raises(RequestError, match=r"tokenizer\.json"):
+    with pytest.raises(RequestError, match="tokenizer cannot be read"):  # and no path: clients read it
         Grammars(tmp_path, PADDED, (EOS,)).allowed("r", json_grammar({}), ())
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import zmq
 
 from sortserve.engine import messages, supervisor
 from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
+from sortserve.engine.connection import EngineConnection
 from sortserve.engine.errors import DrainingError, EngineFailedError, ModelFolderError, StartupError
 from sortserve.engine.ladder import Entry, Ladder, Measured, Quality
 from sortserve.engine.protocol import (
@@ -321,6 +323,18 @@ async def test_a_death_reaches_everyone_once(folder: Path, control: Path) -> Non
         assert (await backend.stats()).generated_tokens == {"d6": 15}, "counters begin again"
 
 
+async def test_the_next_engine_has_the_same_sizes(folder: Path, control: Path) -> None:
+    """They followed from the memory that was free at its start, so requests that had been served were refused."""
+    async with started(folder, control, kv_bytes=None, max_model_len=None) as backend:
+        before = backend.info
+        assert backend.pid is not None
+        os.kill(backend.pid, signal.SIGKILL)
+        await until(lambda: not backend.ready)
+        assert (backend._config.kv_bytes, backend._config.max_model_len) == (before.kv_bytes, before.max_model_len)
+        await until(lambda: backend.ready)
+        assert (backend.info.kv_bytes, backend.info.max_model_len) == (before.kv_bytes, before.max_model_len)
+
+
 @pytest.mark.parametrize("how", ["hang", "stop"])
 async def test_an_engine_that_hangs_is_replaced(folder: Path, control: Path, how: str) -> None:
     """In a step that never ends, or stopped by a signal."""
@@ -369,6 +383,41 @@ async def test_a_folder_that_cannot_be_loaded(folder: Path, control: Path, tmp_p
     with pytest.raises(EngineFailedError, match="exit code 3"):
         await backend.start()
     assert backend.alive is True
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "long" * 30])
+async def test_no_place_for_the_socket(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It waited for ever, and said nothing."""
+    if name.startswith("long"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+    backend = ProcessBackend(EngineConfig(folder))
+    with pytest.raises(StartupError, match="TMPDIR"):
+        await asyncio.wait_for(backend.start(), 5)
+    assert not backend.alive
+
+
+async def test_a_process_that_cannot_be_started_again(
+    folder: Path, control: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For want of memory or files, say: tried again, where it was given up at once."""
+    spawn, failures = EngineConnection.spawn, [OSError("planted"), zmq.ZMQError(24)]
+
+    async def fails_twice(*args: Any) -> EngineConnection:
+        if failures:
+            raise failures.pop()
+        return await spawn(*args)
+
+    async with started(folder, control) as backend:
+        assert backend.pid is not None
+        monkeypatch.setattr(EngineConnection, "spawn", fails_twice)
+        os.kill(backend.pid, signal.SIGKILL)
+        await until(lambda: not backend.ready)
+        await until(lambda: backend.ready)
+        assert backend.restarts == 3
+        assert (await heard(backend, ask("next", tokens(1, 5), greedy(3))))[1] is None
 
 
 async def test_an_engine_that_never_comes_back(folder: Path, control: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,9 @@ def check_request(asked: GenerateRequest, limits: Limits) -> None:
                 raise RequestError(f"token id {token} is not in [0, {limits.vocab_size})", param=name)
 
 
-def resolve_terms(asked: GenerateRequest, ladder: Ladder) -> Terms:
-    """Floor, ceiling and K/V mode, as DESIGN says: pinned is both; a budget lowers the floor to the smallest entry that
-    is not degraded, without one it is the full model.
+def resolve_terms(asked: GenerateRequest, ladder: Ladder, unasked: int | None = None) -> Terms:
+    """Floor, ceiling and K/V mode: pinned is both; a budget lowers the floor to the smallest entry that is not degraded,
+    without one it is `unasked`, the full model if that is None.
 
     Raises NotFoundError for unknown ids and RequestError for a floor above the pinned sub-model.
     """
@@ -77,7 +77,8 @@ def resolve_terms(asked: GenerateRequest, ladder: Ladder) -> Terms:
         floor = ceiling = place
     else:
         ceiling = ladder.full
-        default_floor = ceiling if asked.budget is None else ladder.default_floor
+        without_budget = ceiling if unasked is None else unasked
+        default_floor = without_budget if asked.budget is None else ladder.default_floor
         floor = max(floors) if floors else default_floor
     default_mode: KVMode = "reuse" if asked.submodel == "auto" and asked.budget is not None else "exact"
     mode = asked.kv_mode or default_mode

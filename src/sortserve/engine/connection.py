@@ -38,7 +38,8 @@ _ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 
 in batches of all sizes, 65 MiB with these few, which hold the products of ten sizes. Read when torch is loaded."""
 _CONNECT_MILLISECONDS = 20  # from one try to the next
 _PULSE_SECONDS = 1.0
-_GRACE_SECONDS = 0.5  # after a time-out: it may be this process that was stopped, with the answer lying there
+_GRACE_SECONDS = 0.5  # for what a process said last to arrive
+_PART_SECONDS = 0.5
 
 Progress = Callable[[int, int], None]
 """Called with (layers loaded, layers)."""
@@ -75,12 +76,17 @@ class EngineConnection:
         process = await asyncio.create_subprocess_exec(
             *command, endpoint, stdin=asyncio.subprocess.PIPE, start_new_session=True, env=os.environ | _ENVIRONMENT
         )
-        socket = context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.linger = 0
-        socket.reconnect_ivl = _CONNECT_MILLISECONDS
-        socket.connect(endpoint)  # the side that connects may send before the other one is there
-        return cls(socket, process, progress)
+        try:
+            socket = context.socket(zmq.PAIR)
+            socket.set_hwm(0)
+            socket.linger = 0
+            socket.reconnect_ivl = _CONNECT_MILLISECONDS
+            socket.connect(endpoint)  # the side that connects may send before the other one is there
+            return cls(socket, process, progress)
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
 
     @property
     def pid(self) -> int:
@@ -142,21 +148,21 @@ class EngineConnection:
     async def ended(self, hang_seconds: float) -> str:
         """Wait until the process has died, or has not ended a step for `hang_seconds`; says which."""
         exited = asyncio.create_task(self._process.wait())
+        pulse: asyncio.Task[Answer] | None = None
         try:
             while True:
                 pulse = asyncio.create_task(self.ask("pulse"))
-                await asyncio.wait({exited, pulse}, timeout=hang_seconds, return_when=asyncio.FIRST_COMPLETED)
-                if not pulse.done() and not exited.done():
-                    await asyncio.wait({exited, pulse}, timeout=_GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                pulse.cancel()
-                await asyncio.gather(pulse, return_exceptions=True)
+                await _first_of({exited, pulse}, hang_seconds)
                 if exited.done():
                     return f"its process died: {self._exit_status()}"
-                if pulse.cancelled():
+                if not pulse.done():
                     return f"it hung: no step ended for {hang_seconds:g} s"
                 await asyncio.wait({exited}, timeout=min(_PULSE_SECONDS, hang_seconds))
         finally:
             exited.cancel()
+            if pulse is not None:
+                pulse.cancel()
+                await asyncio.gather(pulse, return_exceptions=True)
 
     async def stop(self, timeout: float) -> None:
         """Tell the process to end, and end it if it has not done so after `timeout` seconds."""
@@ -178,7 +184,6 @@ class EngineConnection:
             self._socket.close()
         if self._process.returncode is None:
             self._process.kill()  # also ends one that was stopped
-        await self._process.wait()
         self._loaded.cancel()
         for request_id in list(self._streams):
             self._fail(request_id)
@@ -187,6 +192,7 @@ class EngineConnection:
                 answer.set_exception(EngineFailedError(why))
         if self._process.stdin is not None:
             self._process.stdin.close()
+        await self._process.wait()  # last: the system may take its time to give a large process's memory back
 
     def _read(self) -> None:
         """Take whatever has come. The socket tells once that something came, not as long as it lies there."""
@@ -233,3 +239,13 @@ class EngineConnection:
     def _exit_status(self) -> str:
         code = self._process.returncode
         return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
+async def _first_of(tasks: "set[asyncio.Task[Any]]", seconds: float) -> None:
+    """Wait until one of the tasks is done, or for `seconds` in which this process ran: where it was stopped (Ctrl-Z, a
+    paused container), so perhaps was the other one, and an answer may lie there."""
+    waited = 0.0
+    while waited < seconds and not any(task.done() for task in tasks):
+        part = min(_PART_SECONDS, seconds - waited)
+        await asyncio.wait(tasks, timeout=part, return_when=asyncio.FIRST_COMPLETED)
+        waited += part

@@ -6,6 +6,7 @@ tokens again, so preemptions, refills and switches of the sub-model need nothing
 """
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sortserve.engine.text import Tokenizer
 
 BoolRow = npt.NDArray[np.bool_]
 
+_LOG = logging.getLogger(__name__)
 MOST_MATCHERS = 64
 """Kept at once, the latest used; one that was let go is made again from the request's tokens."""
 
@@ -133,14 +135,16 @@ class Grammars:
             if not self._eos:
                 raise RequestError("the model has no end-of-sequence token to end with", param="response_format")
             try:
-                tokenizer = Tokenizer.load(self._folder)
-            except ModelFolderError as error:
-                raise RequestError(f"needs the model's tokenizer: {error.message}", param="response_format") from error
-            self._tokenizer = LLTokenizer(
-                TokenizerWrapper(_Vocabulary(tokenizer, self._vocab_size, self._eos[0])),
-                eos_token=list(self._eos),
-                slices=LLTokenizer.json_slices(),
-            )
+                self._tokenizer = LLTokenizer(
+                    TokenizerWrapper(_Vocabulary(Tokenizer.load(self._folder), self._vocab_size, self._eos[0])),
+                    eos_token=list(self._eos),
+                    slices=LLTokenizer.json_slices(),
+                )
+            except (ModelFolderError, ValueError, RuntimeError) as error:  # it was there when the server started
+                _LOG.exception("the tokenizer cannot be read")
+                raise RequestError(
+                    "the model's tokenizer cannot be read; the server's log says why", param="response_format"
+                ) from error
         return self._tokenizer
 
 

@@ -48,6 +48,7 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         max_step_tokens: int = 256,
         max_running: int = 64,
+        unasked: int | None = None,
         on_end: Callable[[str], None] | None = None,
     ) -> None:
         """`on_end` is called with the id of every request that ends, however it does."""
@@ -62,6 +63,7 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._max_step_tokens = max_step_tokens
         self._max_running = max_running
+        self._unasked = unasked  # the floor of requests that name neither floor nor budget; None: the full model
         self._on_end = on_end
         self._planner = Planner(kv, self.settings)
         self._lengths = AnswerLengths()
@@ -73,7 +75,7 @@ class Scheduler:
     def add(self, asked: GenerateRequest) -> None:
         """Accept a request. Raises RequestError or UnavailableError if it cannot be served; then it leaves no trace."""
         check_request(asked, self.limits)
-        terms = resolve_terms(asked, self.ladder)
+        terms = resolve_terms(asked, self.ladder, self._unasked)
         running = sum(request.running for request in self.requests.values())
         waiting = len(self.requests) - running
         if waiting >= self.limits.max_waiting:

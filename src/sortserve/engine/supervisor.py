@@ -5,11 +5,14 @@ doubles. An engine that cannot even be loaded several times in a row is given up
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import zmq
 
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.connection import COMMAND, EngineConnection, Progress
-from sortserve.engine.errors import DrainingError, EngineFailedError, SortServeError
+from sortserve.engine.errors import DrainingError, EngineFailedError, SortServeError, StartupError
 from sortserve.engine.protocol import (
     EngineInfo,
     EngineStats,
@@ -33,7 +36,9 @@ HANG_SECONDS = 60.0  # longer than the longest step: 256 rows of a 7B model on t
 _YOUNG_SECONDS = 10.0  # an engine that dies before this age is followed by a pause
 _PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)  # seconds, by the number of engines that died young in a row
 _MOST_FAILED_LOADS = 5
+_RELOAD_SECONDS = 600.0  # an engine that is not back by then is counted as one that cannot be loaded
 _STOP_SECONDS = 5.0
+_MOST_PATH_BYTES = 107 - len("/engine-1000000")  # of a Unix socket, less the name in it
 _POLL_SECONDS = 0.02
 
 
@@ -56,7 +61,7 @@ class ProcessBackend:
         self._engine: EngineConnection | None = None  # None while there is none that takes requests
         self._supervision: asyncio.Task[None] | None = None
         self._loaded: asyncio.Future[None] | None = None
-        self._given_up: str | None = None
+        self._given_up = False
         self._draining = False
         self._restarts = 0
 
@@ -69,7 +74,7 @@ class ProcessBackend:
     @property
     def alive(self) -> bool:
         """False once no further engine will be started."""
-        return self._given_up is None
+        return not self._given_up
 
     @property
     def ready(self) -> bool:
@@ -134,6 +139,8 @@ class ProcessBackend:
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.gather(self._supervision, return_exceptions=True)
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_exception(DrainingError("the server was stopped while it was loading"))
 
     def _running(self) -> EngineConnection:
         if self._engine is None:
@@ -144,47 +151,36 @@ class ProcessBackend:
         error: SortServeError
         if self._draining:
             error = DrainingError("the server is shutting down and accepts no new requests")
-        elif self._given_up is not None:
-            error = EngineFailedError(f"the engine has failed and is not coming back: {self._given_up}")
+        elif self._given_up:
+            error = EngineFailedError("the engine has died and is not coming back; the server must be restarted")
         else:
             error = EngineFailedError("the engine is being restarted; try again in a moment")
         return FailedEvent(request_id, type(error).__name__, error.message, retry_after=1.0)
 
     async def _supervise(self, loaded: "asyncio.Future[None]") -> None:
         """Start engines one after the other until cancelled, or until one cannot be loaded."""
-        directory = Path(tempfile.mkdtemp(prefix="sortserve-"))  # nobody else may read it
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            await self._start_engines(context, directory, loaded)
-        except Exception as error:  # a bug: whoever waits must hear of it, and probes that no engine will follow
-            _LOG.exception("the supervisor failed")
-            self._given_up = type(error).__name__
+            with contextlib.ExitStack() as stack:
+                directory = stack.enter_context(_socket_directory())
+                context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+                stack.callback(context.destroy, linger=0)
+                await self._start_engines(context, directory, loaded)
+        except Exception as error:  # whoever waits must hear of it, and probes that no engine will follow
+            if not isinstance(error, StartupError):
+                _LOG.exception("the supervisor failed")
+            self._given_up = True
             if not loaded.done():
                 loaded.set_exception(error)
-        finally:
-            if not loaded.done():
-                loaded.set_exception(DrainingError("the server was stopped while it was loading"))
-            context.destroy(linger=0)
-            shutil.rmtree(directory, ignore_errors=True)
 
     async def _start_engines(
         self, context: "zmq.Context[zmq.Socket[bytes]]", directory: Path, loaded: "asyncio.Future[None]"
     ) -> None:
         failed_loads = young_deaths = 0
         while True:
-            socket = directory / f"engine-{self._restarts}"
-            engine = await EngineConnection.spawn(context, f"ipc://{socket}", self._progress, self._command)
-            why, began = "the engine has stopped", time.monotonic()
+            began = time.monotonic()
             try:
-                self._info = await engine.load(self._config)
+                await self._run_engine(context, directory / f"engine-{self._restarts}", loaded)
                 failed_loads = 0
-                began, self._engine = time.monotonic(), engine
-                if not loaded.done():
-                    loaded.set_result(None)
-                else:
-                    _LOG.info("the engine is back: restart %d", self._restarts)
-                why = await engine.ended(self._hang_seconds)
-                _LOG.error("the engine failed with %d requests in it: %s", engine.num_open, why)
             except SortServeError as error:
                 if not loaded.done():
                     loaded.set_exception(error)
@@ -192,19 +188,64 @@ class ProcessBackend:
                 failed_loads += 1
                 _LOG.error("the engine could not be started again: %s", error.message)
                 if failed_loads == _MOST_FAILED_LOADS:
-                    self._given_up = error.message
+                    self._given_up = True
                     return
-            except asyncio.CancelledError:
-                if self._engine is engine:
-                    await engine.stop(_STOP_SECONDS)
-                raise
-            finally:
-                self._engine = None
-                await _to_the_end(engine.kill(why))
-                socket.unlink(missing_ok=True)
+            # from its start on: where loading takes long, it is pause enough
             young_deaths = young_deaths + 1 if time.monotonic() - began < _YOUNG_SECONDS else 0
             self._restarts += 1
             await asyncio.sleep(_PAUSES[min(young_deaths, len(_PAUSES)) - 1] if young_deaths else 0.0)
+
+    async def _run_engine(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", socket: Path, loaded: "asyncio.Future[None]"
+    ) -> None:
+        """One engine from its start to its end. Raises SortServeError if it does not come to be loaded."""
+        try:
+            engine = await EngineConnection.spawn(context, f"ipc://{socket}", self._progress, self._command)
+        except (OSError, zmq.ZMQError) as error:
+            raise EngineFailedError(f"its process cannot be started: {error}") from error
+        why = "the engine has stopped"
+        try:
+            self._info = await self._load(engine, None if not loaded.done() else _RELOAD_SECONDS)
+            # the next one gets the same, however much memory is free then
+            info = self._info
+            self._config = replace(self._config, kv_bytes=info.kv_bytes, max_model_len=info.max_model_len)
+            self._engine = engine
+            if not loaded.done():
+                loaded.set_result(None)
+            else:
+                _LOG.info("the engine is back: restart %d", self._restarts)
+            why = await engine.ended(self._hang_seconds)
+            _LOG.error("the engine failed with %d requests in it: %s", engine.num_open, why)
+        except asyncio.CancelledError:
+            if self._engine is engine:
+                await engine.stop(_STOP_SECONDS)
+            raise
+        finally:
+            self._engine = None
+            await _to_the_end(engine.kill(why))
+            socket.unlink(missing_ok=True)
+
+    async def _load(self, engine: EngineConnection, seconds: float | None) -> EngineInfo:
+        try:
+            async with asyncio.timeout(seconds):
+                return await engine.load(self._config)
+        except TimeoutError as error:
+            raise EngineFailedError(f"it was not loaded within {seconds:g} s") from error
+
+
+@contextlib.contextmanager
+def _socket_directory() -> Iterator[Path]:
+    """A directory that nobody else may read. Raises StartupError if there is no place for it."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="sortserve-"))
+    except OSError as error:
+        raise StartupError(f"no place for the engine's socket ({error}); set TMPDIR to a writable folder") from error
+    try:
+        if len(os.fsencode(directory)) > _MOST_PATH_BYTES:
+            raise StartupError(f"{directory} is too long for a socket's path; set TMPDIR to a shorter one")
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:

@@ -78,7 +78,6 @@ def read_terms(
     floor, floor_param = _text(headers, ("X-Submodel-Floor",), body.submodel_floor, "submodel_floor")
     if floor is not None and ladder.place(floor, param=floor_param) > _ceiling(ladder, submodel):
         raise RequestError(f"the floor {floor} is above the sub-model {submodel} that is asked for", param=floor_param)
-    floor = _raised(floor, bounds, ladder, submodel)
     quality, quality_param = _quality(headers, body)
     if quality is not None and ladder.quality_floor(quality) > _ceiling(ladder, submodel):
         raise RequestError(
@@ -91,6 +90,8 @@ def read_terms(
     if kv_mode == "reuse" and "reuse" not in capabilities:
         raise RequestError("KV mode reuse is not supported by this back end; ask for exact", param=kv_param)
     budget = _budget(headers, body, default_budget_ms, bounds, trust_proxy_timeouts)
+    by_default_full = floor is None and quality is None and budget is None
+    floor = _raised(floor, bounds, ladder, submodel, by_default_full)
     return Terms(budget, submodel, floor, quality, cast(KVMode | None, kv_mode))
 
 
@@ -128,6 +129,8 @@ def _budget(
     timeout = _proxy_timeout(headers) if trust_proxy else None
     if total is not None and timeout is not None:
         total = min(total, timeout)  # a cap, not a budget: whoever asks for none gets none because of a proxy
+    if ttft is not None and timeout is not None:
+        ttft = min(ttft, timeout)
     if total is None and ttft is None and tpot is None:
         if policy in ("strict", "cut"):
             raise RequestError(f"{param} is {policy} but no budget is given; add X-Latency-Budget-Ms", param=param)
@@ -145,7 +148,7 @@ def _proxy_timeout(headers: Headers) -> float | None:
     return float(text) if text is not None and int(text) > 0 else None
 
 
-def _raised(floor: str | None, bounds: Bounds, ladder: Ladder, submodel: str) -> str | None:
+def _raised(floor: str | None, bounds: Bounds, ladder: Ladder, submodel: str, by_default_full: bool) -> str | None:
     """The floor that was asked for, or the key's where that is higher. Raises RequestError for a pin below it."""
     if bounds.floor is None:
         return floor
@@ -155,6 +158,8 @@ def _raised(floor: str | None, bounds: Bounds, ladder: Ladder, submodel: str) ->
             f"{bounds.floor} and above",
             param="submodel",
         )
+    if by_default_full:
+        return None  # the key's floor would only lower it
     return bounds.floor if floor is None or ladder.place(floor) < ladder.place(bounds.floor) else floor
 
 

@@ -100,8 +100,11 @@ class Metrics:
             self._error.labels(model, submodel).observe((served.predicted - served.elapsed) / served.elapsed)
 
     def take(self, stats: EngineStats | None, *, ready: bool, restarts: int) -> None:
-        """The engine as of now. `stats` None: there is none that answers."""
-        self._engine.stats, self._engine.ready, self._engine.restarts = stats, ready, restarts
+        """The engine as of now. `stats` None: there is none, or where one is `ready` it was too busy to answer; then its
+        last ones stay, since zeros would be taken for a reset."""
+        if stats is not None or not ready:
+            self._engine.stats = stats
+        self._engine.ready, self._engine.restarts = ready, restarts
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition, in the format that `accept` prefers, and its type."""

@@ -138,7 +138,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember the loop for signals."""
         self._loop = asyncio.get_running_loop()
-        if self._state.options.keys_file is not None:
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
             self._loop.add_signal_handler(signal.SIGHUP, self._state.reload_keys)
         await super().startup(sockets)
 

@@ -30,7 +30,7 @@ class EventStreamResponse(Response):
     ) -> None:
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
-        self.headers["Cache-Control"] = "no-cache"
+        self.headers["Cache-Control"] = "no-store"
         self.headers["X-Accel-Buffering"] = "no"  # nginx would hold the stream back
         self._chunks = chunks
         self._on_close = on_close

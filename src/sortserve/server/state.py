@@ -17,6 +17,8 @@ from sortserve.server.metrics import Metrics
 
 _LOG = logging.getLogger("sortserve.server")
 
+_DRAIN_MARGIN_SECONDS = 15.0  # over what the back end takes to end an engine that does not end by itself
+
 Phase = Literal["loading", "ready", "draining", "failed"]
 
 
@@ -49,6 +51,7 @@ class ServerState:
     phase: Phase = "loading"
     failure: BaseException | None = None  # why `phase` is failed
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, `created` of the models
+    _loaded: bool = False
     _drained: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class ServerState:
             _LOG.exception("the back end failed to start")
             self.failure = error
         if self.failure is None:
+            self._loaded = True
             self.phase = "ready" if self.phase == "loading" else self.phase
             self.metrics.describe(self.backend.info)
             _LOG.info("ready: model=%s", self.backend.info.model)
@@ -84,13 +88,16 @@ class ServerState:
             self._drained = True
             try:
                 # the back end keeps the time; the margin is for one that does not
-                async with asyncio.timeout(self.options.shutdown_timeout + 5.0):
+                async with asyncio.timeout(self.options.shutdown_timeout + _DRAIN_MARGIN_SECONDS):
                     await self.backend.drain(self.options.shutdown_timeout)
             except TimeoutError:
                 _LOG.warning("the back end did not drain within %.0f s", self.options.shutdown_timeout)
 
     def reload_keys(self) -> None:
-        """Read the keys file again. A broken one leaves the keys as they are."""
+        """Read the keys file again, once the model is loaded. A broken one leaves the keys as they are."""
+        if self.options.keys_file is None or self.phase == "loading":
+            _LOG.info("SIGHUP: %s", "no keys file" if self.options.keys_file is None else "still loading")
+            return
         try:
             _LOG.info("keys file read again", extra={"fields": {"keys": self.keys.reload()}})
         except KeysFileError as error:
@@ -100,7 +107,9 @@ class ServerState:
         """Raise UnavailableError unless the model is there to be asked about."""
         if self.phase == "failed":
             raise EngineFailedError("the model could not be loaded; the server's log says why")
-        if self.phase == "loading":
+        if not self._loaded and self.phase == "draining":
+            raise DrainingError("the server was stopped while it was loading")
+        if not self._loaded:
             raise LoadingError("the model is still loading; /ready tells when it is there")
 
     def require_ready(self) -> None:

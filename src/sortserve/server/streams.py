@@ -42,7 +42,7 @@ class EventStreams:
         ]
 
     async def begun(self) -> list[tuple[int, AcceptedEvent]]:
-        """Wait until every request is accepted, or the first token is there: then headers can be sent.
+        """Wait until every request is accepted, or a first token or end is there: then headers can be sent.
 
         What came by then is told again by `events`. Raises the error of the first request that is refused.
         """
@@ -52,7 +52,7 @@ class EventStreams:
             self._early.append((place, event))
             if isinstance(event, AcceptedEvent):
                 accepted.append((place, event))
-            elif isinstance(event, TokenEvent):
+            elif isinstance(event, TokenEvent | FinishedEvent):  # aborted by a drain before its first row
                 break
         return accepted
 
