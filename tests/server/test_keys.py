@@ -9,12 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.errors import KeysFileError, RateLimitedError, StartupError
+from sortserve.server.budget_headers import read_terms
 from sortserve.server.keys import Bounds, Bucket, Key, KeyRing, read_keys
+from sortserve.server.schemas import CompletionRequest
 from sortserve.server.state import ServerOptions
-from tests.server.fake_backend import FakeBackend, open_client, state_of
+from tests.server.fake_backend import FakeBackend, ladder, open_client, state_of
 
 KEYS = f"""
 [[keys]]
@@ -311,3 +314,17 @@ async def test_names_are_logged_and_keys_never(path: Path, caplog: pytest.LogCap
         assert key not in caplog.text
         assert key not in metrics
     assert "batch" not in metrics
+
+
+def test_a_floor_of_the_key_never_lowers_one() -> None:
+    """Without a budget the full model answers; naming the key's floor made it the floor of such requests too."""
+    bounds = Bounds(floor="d4-w50")
+    for body, expected in (
+        ({}, None),
+        ({"latency_budget_ms": 100.0}, "d4-w50"),
+        ({"quality_floor": 0.5}, "d4-w50"),
+        ({"submodel_floor": "d2"}, "d4-w50"),
+        ({"submodel_floor": "d4"}, "d4"),
+    ):
+        asked = CompletionRequest.model_validate({"prompt": "x", **body})
+        assert read_terms(Headers({}), asked, ladder(), bounds=bounds).floor == expected, body

@@ -132,7 +132,9 @@ _ID_HEADER = {
 _RETRY_HEADERS = {
     "Retry-After": _header("Seconds", {"type": "integer", "minimum": 1}),
     "retry-after-ms": _header("Milliseconds", {"type": "integer", "minimum": 1}),
-    "X-Dropped-Reason": _header("rejected-saturated or rejected-shutting-down; absent for other reasons"),
+    "X-Dropped-Reason": _header(
+        "rejected-saturated, rejected-rate-limited or rejected-shutting-down; absent for other reasons"
+    ),
 }
 _NUMBER = {"type": "number"}
 _ANSWER_HEADERS = {
@@ -154,9 +156,9 @@ _ERRORS: dict[int, tuple[str, dict[str, Any]]] = {
     ),
     401: ("The API key is missing or unknown", {"WWW-Authenticate": _header("Bearer")}),
     404: ("Unknown model or sub-model; the message lists what there is", {}),
-    408: ("The client stopped in the middle of its body", _RETRY_HEADERS),
+    408: ("The client stopped in the middle of its headers or body", _RETRY_HEADERS),
     413: ("The body is over the limit", {}),
-    429: ("The queue is full, or a strict budget cannot be met now", _RETRY_HEADERS),
+    429: ("The queue is full, a strict budget cannot be met now, or the key is over its rate", _RETRY_HEADERS),
     431: ("Request line and headers are over the limit", {}),
     500: ("Our own bug; the log has it under the X-Request-Id", {}),
     503: ("Loading, shutting down, or the engine died", _RETRY_HEADERS),

@@ -108,13 +108,13 @@ def model_routes(state: ServerState) -> APIRouter:
         state.require_ready()
         return SubmodelList(data=await _submodels(state))
 
-    @router.post("/tokenize", responses=answered(400, 408, 413))
+    @router.post("/tokenize", responses=answered(400, 408, 413, 429))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         state.require_loaded()
         tokens = await asyncio.to_thread(state.tokenizer.encode, body.prompt, body.add_special_tokens)
         return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=state.backend.info.max_model_len)
 
-    @router.post("/detokenize", responses=answered(400, 408, 413))
+    @router.post("/detokenize", responses=answered(400, 408, 413, 429))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         state.require_loaded()
         limit = state.backend.info.vocab_size
