@@ -219,6 +219,16 @@ def test_the_prediction_of_an_idle_engine() -> None:
     assert 0.256 - 1e-6 <= outcome.accepted.predicted_seconds <= 0.256 + waited
 
 
+def test_the_fixed_policy_is_for_requests_without_a_budget_too(folder: Path) -> None:
+    """Their floor was the full model, which the policy may not go below."""
+    engine = load_engine(folder, policy="fixed", fixed_submodel="d6-w75")
+    for fields in ({}, {"budget": Budget(total_ms=60_000)}):
+        [outcome] = run(engine, [ask("r", tokens(1, 5), greedy(3), **fields)])
+        assert set(outcome.submodels) == {"d6-w75"}
+    [outcome] = run(engine, [ask("r", tokens(1, 5), greedy(3), floor="d6")])
+    assert set(outcome.submodels) == {"d6"}
+
+
 # ---- offline
 
 

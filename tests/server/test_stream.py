@@ -209,3 +209,19 @@ async def test_abort_by_the_engine_is_an_error(client: httpx.AsyncClient, monkey
     assert (await chunks(client))[-1]["error"]["code"] == "engine_failed"
     answer = await client.post("/v1/completions", json={"prompt": "x"})
     assert answer.status_code == 503
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_given_up_before_it_began(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """What still waits when a drain ends is aborted without having been accepted: the client waited for ever."""
+    from sortserve.engine.protocol import FinishedEvent, RequestSummary
+
+    async def generate(request: Any) -> Any:
+        yield FinishedEvent(request.request_id, "abort", RequestSummary())
+
+    monkeypatch.setattr(state_of(client).backend, "generate", generate)
+    answer = await asyncio.wait_for(client.post("/v1/completions", json={"prompt": "x", "stream": stream}), 5)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+    assert "Retry-After" in answer.headers

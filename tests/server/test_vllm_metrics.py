@@ -7,7 +7,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sortserve.engine.protocol import FailedEvent
+from sortserve.engine.protocol import EngineStats, FailedEvent
 from sortserve.server.metrics import SECONDS, Metrics, Served
 from sortserve.server.state import ServerOptions
 from tests.server.fake_backend import FakeBackend, open_client
@@ -114,3 +114,13 @@ async def test_every_family_is_documented() -> None:
     names = [name.removeprefix("sortserve_") for name in declared if not name.endswith("_created")]
     assert len(names) > 30
     assert [name for name in names if f"`{name}`" not in table] == []
+
+
+def test_counters_stay_while_the_engine_is_too_busy_to_answer() -> None:
+    """They became 0 for one scrape, which a rate takes for a restart and a million tokens."""
+    metrics = Metrics()
+    metrics.take(EngineStats(prompt_tokens=7), ready=True, restarts=0)
+    metrics.take(None, ready=True, restarts=0)
+    assert 'sortserve_prompt_tokens_total{model=""} 7.0' in metrics.render("")[0].decode()
+    metrics.take(None, ready=False, restarts=1)
+    assert 'sortserve_prompt_tokens_total{model=""} 0.0' in metrics.render("")[0].decode()

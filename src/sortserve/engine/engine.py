@@ -74,6 +74,7 @@ class Engine:
             eos_token_ids=model_config.eos_token_ids,
             max_step_tokens=config.max_step_tokens,
             max_running=config.max_running,
+            unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
             on_end=grammars.drop,
         )
         runner = Runner(

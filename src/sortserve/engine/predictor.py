@@ -17,8 +17,8 @@ Floats = NDArray[np.float64]
 DEFAULT_BUCKETS = (1, 4, 16, 64, 256)
 
 
-MOST_KNOWN = 4096
-"""Step times remembered, about 3 MiB: 65,536 of them let the engine grow by a mebibyte a minute for most of an hour."""
+MOST_KNOWN = 1024
+"""Step times remembered, under a mebibyte: 65,536 of them let the engine grow by a mebibyte a minute for most of an hour."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from sortserve.engine.errors import EngineFailedError, SortServeError
+from sortserve.engine.errors import DrainingError, EngineFailedError, SortServeError
 from sortserve.engine.protocol import (
     AcceptedEvent,
     Backend,
@@ -42,9 +42,10 @@ class EventStreams:
         ]
 
     async def begun(self) -> list[tuple[int, AcceptedEvent]]:
-        """Wait until every request is accepted, or a first token or end is there: then headers can be sent.
+        """Wait until every request is accepted, or the first token is there: then headers can be sent.
 
-        What came by then is told again by `events`. Raises the error of the first request that is refused.
+        What came by then is told again by `events`. Raises the error of the first request that is refused, or
+        DrainingError if one is given up.
         """
         accepted: list[tuple[int, AcceptedEvent]] = []
         while len(accepted) < len(self._tasks):
@@ -52,7 +53,9 @@ class EventStreams:
             self._early.append((place, event))
             if isinstance(event, AcceptedEvent):
                 accepted.append((place, event))
-            elif isinstance(event, TokenEvent | FinishedEvent):  # aborted by a drain before its first row
+            elif isinstance(event, FinishedEvent) and event.reason == "abort":  # only a drain ends what has not begun
+                raise DrainingError("the server shut down before the answer was begun; ask another replica")
+            elif isinstance(event, TokenEvent):
                 break
         return accepted
 
