@@ -43,9 +43,16 @@ def read_pins(text: str) -> tuple[dict[str, Version], list[str]]:
 
 
 def asked_for(project: Mapping[str, Any]) -> list[Requirement]:
-    """The requirements of pyproject.toml."""
-    optional = project["optional-dependencies"]
-    return [Requirement(line) for line in [*project["dependencies"], *(r for extra in EXTRAS for r in optional[extra])]]
+    """The requirements of pyproject.toml; an extra that names another one of the project's own has that one's."""
+    pending = [*project["dependencies"], *(f"{project['name']}[{extra}]" for extra in EXTRAS)]
+    asked = []
+    while pending:
+        requirement = Requirement(pending.pop())
+        if requirement.name == project["name"]:
+            pending += [line for extra in requirement.extras for line in project["optional-dependencies"][extra]]
+        else:
+            asked.append(requirement)
+    return asked
 
 
 def out_of_range(asked: list[Requirement], pins: Mapping[str, Version]) -> Iterator[str]:
