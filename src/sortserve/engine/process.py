@@ -20,7 +20,7 @@ import zmq
 
 from sortserve.engine import messages
 from sortserve.engine.engine import Engine
-from sortserve.engine.errors import SortServeError, StartupError, UnavailableError
+from sortserve.engine.errors import SortServeError, StartupError
 from sortserve.engine.logs import configure_logging
 from sortserve.engine.messages import (
     Abort,
@@ -66,7 +66,7 @@ class EngineLoop:
             try:
                 scheduler.add(command.request)
             except SortServeError as error:
-                self._say([_failed(command.request.request_id, error)])
+                self._say([FailedEvent.of(command.request.request_id, error)])
         elif isinstance(command, Abort):
             event = scheduler.abort(command.request_id, time.monotonic())
             self._say([] if event is None else [event])
@@ -119,11 +119,6 @@ def _end_with_parent(directory: Path) -> None:
         pass
     shutil.rmtree(directory, ignore_errors=True)  # of the socket, which nobody else is left to remove
     os._exit(1)
-
-
-def _failed(request_id: str, error: SortServeError) -> FailedEvent:
-    retry_after = error.retry_after if isinstance(error, UnavailableError) else None
-    return FailedEvent(request_id, type(error).__name__, error.message, error.param, retry_after)
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from sortserve.engine.budget import Budget
+from sortserve.engine.errors import SortServeError, UnavailableError
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.sampling import SamplingParams
 
@@ -104,6 +105,12 @@ class FailedEvent(Data, frozen=True):
     message: str
     param: str | None = None
     retry_after: float | None = None  # seconds; None where trying again does not help or nothing is known
+
+    @classmethod
+    def of(cls, request_id: str, error: SortServeError) -> "FailedEvent":
+        """The event that carries `error`."""
+        retry_after = error.retry_after if isinstance(error, UnavailableError) else None
+        return cls(request_id, type(error).__name__, error.message, error.param, retry_after)
 
 
 Event = AcceptedEvent | PromptLogprobsEvent | TokenEvent | FinishedEvent | FailedEvent

@@ -155,7 +155,7 @@ class ProcessBackend:
             error = EngineFailedError("the engine has died and is not coming back; the server must be restarted")
         else:
             error = EngineFailedError("the engine is being restarted; try again in a moment")
-        return FailedEvent(request_id, type(error).__name__, error.message, retry_after=1.0)
+        return FailedEvent.of(request_id, error)
 
     async def _supervise(self, loaded: "asyncio.Future[None]") -> None:
         """Start engines one after the other until cancelled, or until one cannot be loaded."""

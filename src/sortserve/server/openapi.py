@@ -22,7 +22,7 @@ def install_openapi(app: FastAPI, state: ServerState) -> None:
         if loaded not in made:
             app.openapi_schema = None  # else FastAPI hands out the one that was made, and changed, before
             made[loaded] = plain()
-            _correct(made[loaded], with_keys=bool(state.options.api_keys or state.options.keys_file))
+            _correct(made[loaded], with_keys=not state.keys.open)
             if loaded:
                 _describe_model(made[loaded], state.backend.info)
         return made[loaded]
