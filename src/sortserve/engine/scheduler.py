@@ -285,7 +285,7 @@ class Scheduler:
             events.append(PromptLogprobsEvent(request.id, (None,)))
         if gave.error is not None:
             self._end(request)
-            events.append(FailedEvent(request.id, RequestError.__name__, gave.error, "response_format"))
+            events.append(FailedEvent.of(request.id, RequestError(gave.error, param="response_format")))
             return events
         if gave.token is None:
             if part.stop == request.num_prompt and sampling.max_tokens == 0:

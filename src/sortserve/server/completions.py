@@ -32,12 +32,11 @@ _LOG = logging.getLogger("sortserve.server")
 
 
 class Generation:
-    """One job under way. `failed` tells of an error after the response had begun."""
+    """One job under way."""
 
     def __init__(self, state: ServerState, job: Job) -> None:
         self.job = job
         self.answers = [Answer(job, place, state.tokenizer) for place in range(len(job.prompts) * job.num_choices)]
-        self.failed = False
         self._state = state
         self._format = format_of(job, state.tokenizer)
         self._streams: EventStreams | None = None
@@ -112,11 +111,9 @@ class Generation:
             async for chunk in self._answer_chunks():
                 yield chunk
         except SortServeError as error:
-            self.failed = True
             yield event({"error": error_object(error)})
         except Exception:
             _LOG.exception("%s failed while it was streamed", self.job.id)
-            self.failed = True
             yield event({"error": error_object(SortServeError(INTERNAL_MESSAGE))})
         yield DONE
 
