@@ -1,0 +1,82 @@
+"""What a step costs: seconds as a function of the rows in each segment, of K/V read, and of rows sampled. No torch.
+
+    seconds = base + head(sampled) + sum over segments of
+              layers x layer(rows) + share x ffn(rows) + layers x (context x context_seconds + pairs x pair_seconds)
+
+`layer`, `ffn` and `head` are monotone and piecewise linear in the number of rows. The widest row reads its FFN weights
+whatever the others do: the share that only it needs costs what one row costs. A cost is near a maximum, not a sum: the
+first row of a segment pays for its weights, further ones for little until computing takes over from reading.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from sortserve.engine.rungs import Floats, Ints
+
+StepKind = Literal["decode", "mixed", "refill"]
+"""Single rows only; with chunks of a prompt; with rows that deepen tokens computed before. Errors are told apart by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the time of a step depends on. Leading dimensions, if any, are candidates that are priced together."""
+
+    rows: Floats  # [..., segments] rows that run
+    share: Floats  # [..., segments] FFN share of all these rows together: sum of their `Rungs.share`
+    widest: Floats  # [..., segments] the largest `Rungs.share` among them
+    context: Floats  # [..., segments] tokens whose K/V are read, each sequence's once
+    pairs: Floats  # [..., segments] query x context pairs of chunks with more than one row
+    sampled: Floats  # [...] rows that get logits
+    kind: StepKind = "decode"
+
+
+class StepCost(Protocol):
+    """Prices steps. What policies, admission and the simulator ask; corrected while serving where it is measured."""
+
+    def seconds(self, shape: StepShape) -> Floats:
+        """Median seconds of each candidate, [...]."""
+        ...
+
+    def p90(self, shape: StepShape) -> Floats:
+        """Seconds that nine of ten such steps stay under, [...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Terms of the formula above, in seconds."""
+
+    layers: Ints  # [segments]
+    buckets: Floats  # [buckets] ascending numbers of rows
+    layer: Floats  # [buckets] one layer without its FFN
+    ffn: Floats  # [buckets] one FFN at full width
+    head: Floats  # [buckets] final norm, head and sampling, by rows sampled
+    base: float = 0.0  # of every step
+    context_seconds: float = 0.0  # per layer and K/V token read
+    pair_seconds: float = 0.0  # per layer and query x context pair of a chunk
+    spread: float = 1.0  # p90 over median
+
+    def seconds(self, shape: StepShape) -> Floats:
+        """Median seconds, [...]."""
+        rows = shape.rows
+        mean_share = shape.share / np.maximum(rows, 1.0)
+        active = rows > 0
+        per_segment = self.layers * self._at(self.layer, rows) + mean_share * self._at(self.ffn, rows)
+        per_segment = per_segment + np.maximum(shape.widest - mean_share, 0.0) * self._at(self.ffn, np.ones(1))
+        per_segment = per_segment + self.layers * (
+            shape.context * self.context_seconds + shape.pairs * self.pair_seconds
+        )
+        total: Floats = self.base + self._at(self.head, shape.sampled) + np.where(active, per_segment, 0.0).sum(-1)
+        return total
+
+    def p90(self, shape: StepShape) -> Floats:
+        """Median times `spread`, [...]."""
+        return self.seconds(shape) * self.spread
+
+    def _at(self, term: Floats, rows: Floats) -> Floats:
+        """A term at numbers of rows: none costs nothing, beyond the largest bucket in proportion."""
+        last = self.buckets[-1]
+        within: Floats = np.interp(rows, self.buckets, term)
+        return np.where(rows > last, term[-1] * rows / last, np.where(rows > 0, within, 0.0))
