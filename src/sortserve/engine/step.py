@@ -80,9 +80,7 @@ def fill(view: View, place: Ints, chunk_tokens: int) -> tuple[Ints, Ints, Ints]:
             break
         if not view.running[i] and num_running >= view.max_running:
             continue
-        count, cost = _affordable(
-            view, int(runnable[i]), have[i], int(start[i]), int(view.known[i]), bool(view.resumable[i]), left
-        )
+        count, cost = _affordable(view, i, int(runnable[i]), have[i], int(start[i]), left)
         if count == 0:
             break
         stop[i] = start[i] + count
