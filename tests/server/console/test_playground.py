@@ -242,3 +242,62 @@ def test_a_key(open_page: OpenPage) -> None:
         page.locator("#panel-ladder tbody tr").first.wait_for(state="attached")
         assert page.evaluate("localStorage.length") == 0
         assert [text for text in console.complaints if "status of 401" not in text] == []
+
+
+def await_scrape(page: Page) -> None:
+    """Wait until the page has drawn the numbers of a scrape anew."""
+    page.wait_for_event("requestfinished", lambda request: request.url.endswith("/metrics"))
+    page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+
+
+@pytest.mark.parametrize(
+    ("label", "typed", "stands"),
+    [
+        ("API key", ("open ", "sesame"), "open sesame"),
+        ("Prompt", ("Once", " more"), "Once more"),
+        ("Max tokens", ("12", "8"), "128"),
+        ("Temperature", ("0.", "7"), "0.7"),
+        ("Latency budget, milliseconds; empty for none", ("12.", "50"), "12.50"),
+    ],
+)
+def test_what_is_typed_slowly_stays(console: Console, label: str, typed: tuple[str, str], stands: str) -> None:
+    """The key field was set back to the key in use at every scrape, and "0." to 0: what was typed was lost.
+
+    With "wrong" in use and a scrape between filling in the right key and Enter, Enter changed nothing: `test_a_key` failed.
+    """
+    field = console.page.get_by_label(label, exact=True)
+    field.fill("")
+    field.press_sequentially(typed[0])
+    await_scrape(console.page)
+    field.press_sequentially(typed[1])
+    assert field.input_value() == stands
+
+
+def test_an_answer_for_an_older_key_changes_nothing(open_page: OpenPage, console_server: Server) -> None:
+    """The refusal of a wrong key came after the ladder for the right one, and the page said again that it was wrong."""
+    held: list[Route] = []
+
+    def submodels(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer wrong":
+            held.append(route)
+        else:
+            route.continue_()
+
+    with open_page() as console:
+        page = console.page
+        page.route("**/v1/submodels", submodels)
+        console.open(console_server.url)
+        field = page.get_by_label("API key")
+        with page.expect_request(lambda request: request.headers.get("authorization") == "Bearer wrong"):
+            field.fill("wrong")
+            field.press("Enter")
+        with page.expect_request_finished(
+            lambda request: request.url.endswith("/v1/submodels") and "right" in request.headers["authorization"]
+        ):
+            field.fill("right")
+            field.press("Enter")
+        refusal = {"error": {"message": "no such key", "type": "authentication_error", "param": None, "code": "bad"}}
+        for route in held:
+            route.fulfill(status=401, json=refusal)
+        await_scrape(page)
+        assert page.locator(".notice").count() == 0

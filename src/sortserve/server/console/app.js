@@ -1,7 +1,8 @@
 // The console: a header that says what is served and whether it is there, and the three views.
 
-import { html, render, useCallback, useEffect, useMemo, useState } from "./vendor/htm-preact-standalone.js";
+import { html, render, useCallback, useEffect, useMemo, useRef, useState } from "./vendor/htm-preact-standalone.js";
 import { Api } from "./api.js";
+import { KeyField } from "./controls.js";
 import { Ladder } from "./ladder.js";
 import { Live } from "./live.js";
 import { Playground } from "./playground.js";
@@ -73,14 +74,18 @@ function App() {
 /** What is served, asked again while predictions are looked at. `keyRefused`: the server wants another API key. */
 function useServed(api, phase, view) {
   const [served, setServed] = useState({ ladder: [], hasTemplate: false, keyRefused: false });
+  const last = useRef(0); // the number of the last question: an answer to an earlier one may come later, of an older key
   const refresh = useCallback(async () => {
+    const asked = ++last.current;
+    let found;
     try {
       const [ladder, tokenizer] = await Promise.all([api.json("v1/submodels"), api.json("tokenizer_info")]);
-      setServed({ ladder: ladder.data, hasTemplate: Boolean(tokenizer.chat_template), keyRefused: false });
+      found = { ladder: ladder.data, hasTemplate: Boolean(tokenizer.chat_template), keyRefused: false };
     } catch (reason) {
-      // anything but the key shows in the server's phase, and what was known stays
-      if (reason.status === 401) setServed((before) => ({ ...before, keyRefused: true }));
+      if (reason.status !== 401) return; // it shows in the server's phase, and what was known stays
+      found = { keyRefused: true };
     }
+    if (asked === last.current) setServed((before) => ({ ...before, ...found }));
   }, [api]);
   useEffect(() => {
     if (phase !== "ready") return undefined;
@@ -104,20 +109,7 @@ function Header({ server, apiKey, onKey, keyRefused, children }) {
     ${children}
     <div class="connection">
       <p class=${`phase ${phase}`} role="status"><i aria-hidden="true"></i>${PHASES[phase]}</p>
-      <form class="key" onSubmit=${(event) => event.preventDefault()}>
-        <label for="api-key">API key</label>
-        <input
-          id="api-key"
-          type="password"
-          autocomplete="off"
-          spellcheck="false"
-          placeholder="none"
-          size="12"
-          value=${apiKey}
-          aria-invalid=${keyRefused}
-          onChange=${(event) => onKey(event.target.value.trim())}
-        />
-      </form>
+      <${KeyField} apiKey=${apiKey} onKey=${onKey} refused=${keyRefused} />
     </div>
   </header>`;
 }

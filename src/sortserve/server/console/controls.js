@@ -28,14 +28,16 @@ export function Segments({ legend, name, value, options, onChange, disabled = fa
 
 /** A number between bounds; tells of it only when it is one. */
 export function NumberField({ id, label, value, min, max, step = 1, onChange }) {
-  const [typed, setTyped] = useState(null); // what stands there while it is edited
-  const read = (text) => {
+  const [typed, setTyped] = useState(null); // what stands there while it is edited: "0." must not become "0"
+  const isGood = (text) => {
     const number = Number(text);
-    const good = text !== "" && number >= min && number <= max && (step !== 1 || Number.isInteger(number));
-    setTyped(good ? null : text);
-    if (good) onChange(number);
+    return text !== "" && number >= min && number <= max && (step !== 1 || Number.isInteger(number));
   };
-  const bad = typed !== null;
+  const read = (text) => {
+    setTyped(text);
+    if (isGood(text)) onChange(Number(text));
+  };
+  const bad = typed !== null && !isGood(typed);
   return html`<div class="field">
     <label for=${id}>${label}</label>
     <input
@@ -55,13 +57,39 @@ export function NumberField({ id, label, value, min, max, step = 1, onChange }) 
   </div>`;
 }
 
+/** The API key. What stands there while it is typed is the user's: the page is drawn anew at every scrape, and a field held
+ *  at the key in use would lose it each time. Enter, or leaving the field, puts it to use. */
+export function KeyField({ apiKey, onKey, refused }) {
+  const [typed, setTyped] = useState(null);
+  const use = () => {
+    if (typed === null) return;
+    setTyped(null);
+    onKey(typed.trim());
+  };
+  return html`<form class="key" onSubmit=${(event) => (event.preventDefault(), use())}>
+    <label for="api-key">API key</label>
+    <input
+      id="api-key"
+      type="password"
+      autocomplete="off"
+      spellcheck="false"
+      placeholder="none"
+      size="12"
+      value=${typed ?? apiKey}
+      aria-invalid=${refused}
+      onInput=${(event) => setTyped(event.target.value)}
+      onBlur=${use}
+    />
+  </form>`;
+}
+
 /** A latency budget: a logarithmic slider whose end is "no budget", a field for exact milliseconds, and marks that say
  *  what is feasible. `marks`: [{ms, name, short, kind}]; `feasibleMs`: below it the track is hatched. */
 export function BudgetControl({ id, label, budget, onChange, range, marks, feasibleMs, compact = false }) {
   const [typed, setTyped] = useState(null);
   const read = (text) => {
     const ms = parseBudget(text);
-    setTyped(ms === undefined ? text : null);
+    setTyped(text);
     if (ms !== undefined) onChange(ms);
   };
   const shown = budget === null ? "" : String(budget);
@@ -78,7 +106,7 @@ export function BudgetControl({ id, label, budget, onChange, range, marks, feasi
           placeholder="none"
           size="7"
           value=${typed ?? shown}
-          aria-invalid=${typed !== null}
+          aria-invalid=${typed !== null && parseBudget(typed) === undefined}
           onInput=${(event) => read(event.target.value)}
           onBlur=${() => setTyped(null)}
         />
