@@ -183,6 +183,16 @@ async def test_it_streams_what_the_engine_makes(folder: Path, control: Path) -> 
         assert len(outcome.tokens) == 3
 
 
+async def test_who_is_accepted_hears_it_before_the_step_ends(folder: Path, control: Path) -> None:
+    """The response's headers leave while the first step runs, not after it."""
+    async with started(folder, control) as backend:
+        (control / "hang").touch()
+        async with aclosing(stream(backend, ask("one", tokens(1, 20), greedy(3)))) as events:
+            assert isinstance(await asyncio.wait_for(anext(events), 60), AcceptedEvent)
+            (control / "hang").unlink()
+            assert [type(event) async for event in events] == [*[TokenEvent] * 3, FinishedEvent]
+
+
 async def test_leaving_early_frees_the_pages(folder: Path, control: Path) -> None:
     """Within one step: the next answer to a question is after it."""
     async with started(folder, control, prefix_cache=False) as backend:

@@ -58,7 +58,8 @@ class EngineLoop:
                     return
                 self._obey(command)
             else:
-                self._say(self._engine.step())
+                # who is accepted is told before the step: headers leave, and the other side is awake when the token comes
+                self._say(self._engine.step(self._say))
 
     def _obey(self, command: messages.Command) -> None:
         scheduler = self._engine.scheduler
