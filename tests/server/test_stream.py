@@ -13,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sortserve.engine.protocol import GenerateRequest, TokenEvent
+from sortserve.engine.sampling import SamplingParams
 from sortserve.server.app import create_app
+from sortserve.server.streams import EventStreams
 from tests.server.fake_backend import FakeBackend, byte_tokenizer, open_client, served, state_of
 
 
@@ -230,3 +233,23 @@ async def test_given_up_before_it_began(
     answer = await asyncio.wait_for(client.post("/v1/completions", json={"prompt": "x", "stream": stream}), 60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
     assert "Retry-After" in answer.headers
+
+
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_complete_answer_is_aborted_before_its_last_chunk_leaves(number: int) -> None:
+    """One that is complete by its stop string: a client that reads slowly would hold its slot until it has read all."""
+    backend = FakeBackend(answer=tuple(b"ab.cdefghij"))
+    streams = EventStreams(
+        backend, [GenerateRequest(f"r{place}", (1,), SamplingParams(max_tokens=9), 0.0) for place in range(number)]
+    )
+    await streams.begun()
+    seen = 0
+    async for place, event in streams.events():
+        if isinstance(event, TokenEvent):
+            streams.stop(place)
+            seen += 1
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert len(backend.aborted) == seen
+    assert (seen, backend.running) == (number, 0)
+    await streams.close()
