@@ -109,6 +109,9 @@ class FakeBackend:
         if self.load_error is not None:
             raise self.load_error
 
+    def expect(self) -> None:
+        """Nothing has to be woken."""
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         self.requests.append(request)
         if self.refuse is not None:

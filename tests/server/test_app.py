@@ -256,6 +256,7 @@ async def test_metrics(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     assert found["generation_tokens_total{submodel=d4}"] == 5
     assert found["submodel_selected_total{reason=no-budget,submodel=d4}"] == 2
     assert found["submodel_switches_total{direction=down}"] == 1
+    assert found["submodel_switches_total{direction=up}"] == 0, "told before there is one"
     assert found["requests_dropped_total{reason=queue-full}"] == 1
     assert found[f"build_info{{python={__import__('platform').python_version()},version={sortserve.__version__}}}"] == 1
     bounds = [name for name in found if name.startswith("request_duration_seconds_bucket") and "d4" in name]

@@ -174,7 +174,7 @@ def start(
 
 
 def wait_ready(url: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert process.poll() is None
         try:
@@ -182,20 +182,20 @@ def wait_ready(url: str, process: subprocess.Popen[str]) -> None:
                 return
         except httpx.TransportError:
             time.sleep(0.05)
-    raise AssertionError("not ready within 30 s")
+    raise AssertionError("not ready within 90 s")
 
 
 def test_sigterm_drains_and_exits_0(folder: Path) -> None:
     """New requests hear a 503 on a new connection while a running stream is completed."""
-    process, url = start(folder, delay=0.02)
+    process, url = start(folder, delay=0.1)
     try:
         wait_ready(url, process)
         ask = {"prompt": "x", "max_tokens": 60, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=ask, timeout=10) as running:
+        with httpx.stream("POST", f"{url}/v1/completions", json=ask, timeout=60) as running:
             lines = running.iter_lines()
             next(lines)
             os.kill(process.pid, signal.SIGTERM)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while (refused := httpx.get(f"{url}/ready")).status_code == 200:
                 assert time.monotonic() < deadline
             assert refused.json()["error"]["code"] == "draining"
@@ -203,7 +203,7 @@ def test_sigterm_drains_and_exits_0(folder: Path) -> None:
             rest = list(lines)
         assert rest[-2:] == ["data: [DONE]", ""]
         assert sum('"text":"x"' in line for line in rest) >= 59
-        _, errors = process.communicate(timeout=15)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
     finally:
@@ -214,7 +214,7 @@ def test_sigterm_drains_and_exits_0(folder: Path) -> None:
 def test_startup_failure_prints_and_exits_2(folder: Path) -> None:
     process, _ = start(folder, error="StartupError('the weights are missing; download them')")
     try:
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 2
         assert "sortserve: the weights are missing; download them" in errors
         assert "Traceback" not in errors
@@ -234,7 +234,7 @@ def test_hangup_reads_the_keys_again(folder: Path) -> None:
     keys = folder / "keys.toml"
     keys.write_text('[[keys]]\nname = "old"\nkey = "one"\n')
     flags = ["--keys-file", str(keys), "--log-format", "json", "--metrics-compat", "vllm", "--max-body", "1KiB"]
-    process, url = start(folder, delay=0.01, flags=flags)
+    process, url = start(folder, delay=0.05, flags=flags)
 
     def status(key: str) -> int:
         return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
@@ -243,12 +243,12 @@ def test_hangup_reads_the_keys_again(folder: Path) -> None:
         wait_ready(url, process)
         assert (status("one"), status("two")) == (200, 401)
         ask, headers = {"prompt": "x", "max_tokens": 60, "stream": True}, {"Authorization": "Bearer one"}
-        with httpx.stream("POST", f"{url}/v1/completions", json=ask, headers=headers, timeout=10) as running:
+        with httpx.stream("POST", f"{url}/v1/completions", json=ask, headers=headers, timeout=60) as running:
             lines = running.iter_lines()
             next(lines)
             keys.write_text('[[keys]]\nname = "new"\nkey = "two"\n')
             os.kill(process.pid, signal.SIGHUP)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while status("two") != 200:
                 assert time.monotonic() < deadline, "the signal was not heard"
             assert list(lines)[-2:] == ["data: [DONE]", ""]
@@ -262,7 +262,7 @@ def test_hangup_reads_the_keys_again(folder: Path) -> None:
         assert answer.status_code == 413
         assert "vllm:num_requests_waiting" in httpx.get(f"{url}/metrics").text
         process.terminate()
-        _, errors = process.communicate(timeout=15)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         told = [json.loads(line) for line in errors.splitlines()]
         assert any(line["level"] == "error" and "line 1" in line["message"] for line in told)

@@ -61,12 +61,12 @@ def refusal_in(said: bytes) -> tuple[int, str]:
 
 
 class Impatient(BoundedHttpProtocol):
-    head_seconds = 0.2
+    head_seconds = 0.5
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    app = create_app(FakeBackend(), byte_tokenizer(), ServerOptions(body_timeout=0.2))
+    app = create_app(FakeBackend(), byte_tokenizer(), ServerOptions(body_timeout=0.5))
     with served(app, Impatient) as started:
         yield started
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sortserve.engine.protocol import GenerateRequest, TokenEvent
+from sortserve.engine.sampling import SamplingParams
 from sortserve.server.app import create_app
+from sortserve.server.streams import EventStreams
 from tests.server.fake_backend import FakeBackend, byte_tokenizer, open_client, served, state_of
 
 
@@ -143,7 +147,7 @@ async def test_first_event_decides_the_status(client: httpx.AsyncClient, backend
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -165,8 +169,12 @@ def test_a_client_that_leaves_aborts_its_requests() -> None:
         eventually(lambda: backend.running == 0)
         assert len(backend.aborted) == 2
 
-        with httpx.Client(timeout=0.2) as client, pytest.raises(httpx.ReadTimeout):
-            client.post(f"{url}/v1/completions", json=ask)
+        body = json.dumps(ask).encode()
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port or 0), timeout=60) as leaving:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            leaving.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            eventually(lambda: backend.running == 2)
         eventually(lambda: len(backend.aborted) == 4 and backend.running == 0)
         text = httpx.get(f"{url}/metrics").text
         assert 'finish_reason="abort",model="fake",status="499"' in text
@@ -222,6 +230,26 @@ async def test_given_up_before_it_began(
         yield FinishedEvent(request.request_id, "abort", RequestSummary())
 
     monkeypatch.setattr(state_of(client).backend, "generate", generate)
-    answer = await asyncio.wait_for(client.post("/v1/completions", json={"prompt": "x", "stream": stream}), 5)
+    answer = await asyncio.wait_for(client.post("/v1/completions", json={"prompt": "x", "stream": stream}), 60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
     assert "Retry-After" in answer.headers
+
+
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_complete_answer_is_aborted_before_its_last_chunk_leaves(number: int) -> None:
+    """One that is complete by its stop string: a client that reads slowly would hold its slot until it has read all."""
+    backend = FakeBackend(answer=tuple(b"ab.cdefghij"))
+    streams = EventStreams(
+        backend, [GenerateRequest(f"r{place}", (1,), SamplingParams(max_tokens=9), 0.0) for place in range(number)]
+    )
+    await streams.begun()
+    seen = 0
+    async for place, event in streams.events():
+        if isinstance(event, TokenEvent):
+            streams.stop(place)
+            seen += 1
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert len(backend.aborted) == seen
+    assert (seen, backend.running) == (number, 0)
+    await streams.close()

@@ -21,6 +21,7 @@ from sortserve.engine.messages import (
     Abort,
     Answer,
     Ask,
+    Expect,
     Happened,
     Load,
     Loaded,
@@ -121,6 +122,11 @@ class EngineConnection:
         else:
             self._tell(Submit(request))
         return events
+
+    def expect(self) -> None:
+        """A request is being read. An engine that idles wakes up meanwhile: that takes as long again as reading it."""
+        if not self._streams:
+            self._tell(Expect())
 
     def abort(self, request_id: str) -> None:
         """End a request whose events nobody reads any more. Nothing if it has ended."""

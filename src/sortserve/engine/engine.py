@@ -6,6 +6,7 @@ plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = schedule
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,11 +107,16 @@ class Engine:
         _log_start(engine, weights, has_ladder)
         return engine
 
-    def step(self) -> list[Event]:
-        """Plan, run and book one step; the events it gave, none if there was nothing to do."""
+    def step(self, tell_early: Callable[[list[Event]], None] | None = None) -> list[Event]:
+        """Plan, run and book one step; the events it gave, none if there was nothing to do.
+
+        `tell_early` is given what planning alone decided (who was accepted) before the step runs; it is not returned then.
+        """
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
             return self.scheduler.take_events()
+        if tell_early is not None:
+            tell_early(self.scheduler.take_events())
         result = self.runner.run(plan)
         self._learn(plan, result.seconds)
         return self.scheduler.update(plan, result, time.monotonic())

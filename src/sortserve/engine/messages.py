@@ -36,6 +36,10 @@ class Abort(Data, frozen=True):
     request_id: str
 
 
+class Expect(Data, frozen=True):
+    """A request is being read: be awake for it."""
+
+
 class Ask(Data, frozen=True):
     """A question; `number` comes back with the answer."""
 
@@ -87,7 +91,7 @@ class Answer(Data, frozen=True):
     predictions: dict[str, Prediction] | None = None
 
 
-Command = Load | Submit | Abort | Ask | Stop
+Command = Load | Submit | Abort | Expect | Ask | Stop
 Report = Loading | Loaded | NotLoaded | Happened | Answer | Stopped
 
 

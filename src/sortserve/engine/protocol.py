@@ -187,6 +187,10 @@ class Backend(Protocol):
         """Load and warm up. Raises StartupError."""
         ...
 
+    def expect(self) -> None:
+        """A request is being read and may be submitted in a moment; a hint, which may be ignored."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """Submit, and stream the request's events, ending with exactly one terminal event.
 

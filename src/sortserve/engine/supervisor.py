@@ -98,6 +98,11 @@ class ProcessBackend:
         self._supervision = asyncio.create_task(self._supervise(self._loaded))
         await self._loaded
 
+    def expect(self) -> None:
+        """Wake the engine where it idles."""
+        if self._engine is not None:
+            self._engine.expect()
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Event]:
         """Submit and stream; leaving early aborts."""
         engine = self._engine

@@ -89,6 +89,8 @@ class ContextMiddleware:
         try:
             self._check_key(scope, record)
             if scope["method"] in ("POST", "PUT", "PATCH"):
+                if scope["path"] in _ENDPOINTS:
+                    self._state.backend.expect()
                 receive = await self._read_body(scope, receive)
         except SortServeError as error:
             await error_response(error)(scope, receive, send)

@@ -170,7 +170,7 @@ class _EngineCollector(Collector):
                 "submodel_switches",
                 "Changes within an answer",
                 ["direction"],
-                {(k,): v for k, v in stats.switches.items()},
+                _keyed({"up": 0, "down": 0} | stats.switches),  # zeros: a rate needs a series before the first one
             ),
             ("requests_dropped", "Requests refused", ["reason"], _keyed(dropped)),
         ):

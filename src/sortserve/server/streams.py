@@ -31,15 +31,19 @@ class ClientGoneError(Exception):
 
 
 class EventStreams:
-    """One back end stream per request, each read by a task of its own. `close` aborts what still runs."""
+    """One back end stream per request; `close` aborts what still runs. Several are read by a task each, one is read where
+    its events are wanted: a task between them and the client would cost a switch per token."""
 
     def __init__(self, backend: Backend, requests: Sequence[GenerateRequest]) -> None:
         self._queue: asyncio.Queue[tuple[int, Event | SortServeError]] = asyncio.Queue()
         self._early: list[tuple[int, AnswerEvent]] = []  # came before headers were sent
         self._open = set(range(len(requests)))
-        self._tasks = [
-            asyncio.create_task(self._pump(backend, place, request)) for place, request in enumerate(requests)
-        ]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._only: AsyncIterator[Event | SortServeError] | None = None
+        if len(requests) == 1:
+            self._only = _read(backend, requests[0])
+        else:
+            self._tasks = [asyncio.create_task(self._pump(backend, place, one)) for place, one in enumerate(requests)]
 
     async def begun(self) -> list[tuple[int, AcceptedEvent]]:
         """Wait until every request is accepted, or the first token is there: then headers can be sent.
@@ -48,7 +52,7 @@ class EventStreams:
         DrainingError if one is given up.
         """
         accepted: list[tuple[int, AcceptedEvent]] = []
-        while len(accepted) < len(self._tasks):
+        while len(accepted) < len(self._open):
             place, event = await self._next()
             self._early.append((place, event))
             if isinstance(event, AcceptedEvent):
@@ -72,13 +76,18 @@ class EventStreams:
     def stop(self, place: int) -> None:
         """Abort one request: its answer is complete."""
         self._open.discard(place)
-        self._tasks[place].cancel()
+        if self._only is None:
+            self._tasks[place].cancel()
+        else:  # at once, not when the last chunk has left: the client may read slowly
+            self._tasks.append(asyncio.create_task(_close(self._only)))
 
     async def close(self) -> None:
         """Abort every request that still runs, and wait until the back end has let go of them."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._only is not None:
+            await _close(self._only)
 
     def _take(self, place: int, event: AnswerEvent) -> bool:
         """Whether the event still counts: of a request that was stopped, tokens may be on their way."""
@@ -88,9 +97,12 @@ class EventStreams:
         return counts
 
     async def _next(self) -> tuple[int, AnswerEvent]:
-        place, event = await self._queue.get()
-        while place not in self._open:  # of a request that was stopped, even a failure is of no interest
+        if self._only is not None:
+            place, event = 0, await anext(self._only)
+        else:
             place, event = await self._queue.get()
+            while place not in self._open:  # of a request that was stopped, even a failure is of no interest
+                place, event = await self._queue.get()
         if isinstance(event, SortServeError):
             raise event
         if isinstance(event, FailedEvent):
@@ -98,23 +110,37 @@ class EventStreams:
         return place, event
 
     async def _pump(self, backend: Backend, place: int, request: GenerateRequest) -> None:
-        events = backend.generate(request)
-        terminal = False
+        events = _read(backend, request)
         try:
             async for event in events:
                 self._queue.put_nowait((place, event))
-                terminal = isinstance(event, FinishedEvent | FailedEvent)
-            if not terminal:
-                self._queue.put_nowait((place, EngineFailedError("the engine ended the answer without saying why")))
-        except SortServeError as error:
-            self._queue.put_nowait((place, error))
-        except Exception:
-            _LOG.exception("request %s: the back end raised", request.request_id)
-            self._queue.put_nowait((place, SortServeError(INTERNAL_MESSAGE)))
         finally:
-            close = getattr(events, "aclose", None)
-            if close is not None:  # an iterator that is no generator ends with its task
-                await close()
+            await _close(events)
+
+
+async def _read(backend: Backend, request: GenerateRequest) -> AsyncIterator[Event | SortServeError]:
+    """A request's events to the terminal one, or the error that stands in its place. Closing it aborts the request."""
+    events = backend.generate(request)
+    try:
+        async for event in events:
+            yield event
+            if isinstance(event, FinishedEvent | FailedEvent):
+                return
+        yield EngineFailedError("the engine ended the answer without saying why")
+    except SortServeError as error:
+        yield error
+    except Exception:
+        _LOG.exception("request %s: the back end raised", request.request_id)
+        yield SortServeError(INTERNAL_MESSAGE)
+    finally:
+        await _close(events)
+
+
+async def _close(events: AsyncIterator[object]) -> None:
+    """End a generator now, not when it is collected; an iterator that is none ends with its task."""
+    close = getattr(events, "aclose", None)
+    if close is not None:
+        await close()
 
 
 async def gone(receive: Receive) -> None:
