@@ -11,6 +11,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ENVIRONMENT = ROOT / ".venv-deploy"
@@ -57,6 +59,14 @@ def crd_validator() -> list[str]:
         run(system_tool("npm", "npm"), "ci", "--no-audit", "--no-fund", "--loglevel=error", cwd=CRDS)
         stamp.write_text(lock)
     return [node, str(CRDS / "validate.mjs")]
+
+
+def kustomize() -> list[str]:
+    """The command that builds a kustomization: of kubectl, or kustomize itself."""
+    for name, words in (("kubectl", ["kubectl", "kustomize"]), ("kustomize", ["kustomize", "build"])):
+        if shutil.which(name) is not None:
+            return words
+    pytest.skip("neither kubectl nor kustomize is there: kubernetes.io/docs/tasks/tools says how to install them")
 
 
 def run(*command: str, text: str = "", env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
