@@ -22,7 +22,7 @@ MONITORING: dict[str, Any] = {
 }
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Texts of several lines as blocks, as a person would write them."""
 
 
@@ -48,7 +48,7 @@ def _text(found: list[dict[str, Any]]) -> str:
     for document in found:
         for label in _HELMS:
             document["metadata"]["labels"].pop(label)
-    dumped = yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
+    dumped: str = yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=120, explicit_start=True)
     return HEAD + dumped
 
 

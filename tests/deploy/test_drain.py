@@ -6,6 +6,7 @@ proxy, some time later; and the preStop hook sleeps, then comes SIGTERM. The cha
 and the proxy hears within 0.1 to 0.8 s of it.
 """
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tests.deploy.load import Load
 from tests.deploy.proxy import Proxy, proxy
 from tests.server.real_server import Server, serving
 
-NUM_ROLLOUTS = 20
+NUM_ROLLOUTS = int(os.environ.get("SORTSERVE_ROLLOUTS", "20"))
 PRE_STOP_SECONDS = 1.0
 GRACE_SECONDS = 60.0
 SETTLED_REQUESTS = 6
