@@ -142,6 +142,18 @@ def test_scaling_and_disruption(rendered: Rendered) -> None:
     assert metrics[0]["external"]["target"]["value"] == "325m"  # 0.1 + 0.25 x 0.9
 
 
+def test_the_route_touches_no_header_and_offers_no_probes(rendered: Rendered) -> None:
+    [rule] = only(rendered["gateway", "1.37"], "HTTPRoute")["spec"]["rules"]
+    assert set(rule) == {"matches", "backendRefs", "timeouts"}
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+    assert rule["backendRefs"][0]["kind"] == "InferencePool"
+    [server] = only(rendered["gateway", "1.37"], "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert "--metrics-compat=vllm" in server["args"]
+    pool = only(rendered["gateway", "1.37"], "InferencePool")["spec"]
+    pods = only(rendered["gateway", "1.37"], "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert pool["selector"]["matchLabels"].items() <= pods.items()
+
+
 def test_gpus_are_a_limit(rendered: Rendered) -> None:
     for name, count in (("gpu-pvc", "1"), ("vllm-gpus", "4"), ("default", None), ("vllm-ray", None)):
         [server] = only(rendered[name, "1.37"], "Deployment")["spec"]["template"]["spec"]["containers"]

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.deploy.conftest import only
 from tests.deploy.expressions import family, of_dashboard, of_rules, series
 from tests.deploy.ports import free_port
 from tests.deploy.tools import CHART, run, system_tool
@@ -134,6 +135,22 @@ def test_every_panel_can_be_drawn(scraping: Prometheus) -> None:
     }
     # no switch, no drop by the engine and no refusal need have happened
     assert empty <= {"Switches and refills", "Refused, by reason"}
+
+
+def test_queries_of_the_scaler_answer_with_one_number(
+    scraping: Prometheus, rendered: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """KEDA takes exactly one; also where there is nothing yet, which must be 0 and not nothing."""
+    triggers = only(rendered["keda-monitoring", "1.37"], "ScaledObject")["spec"]["triggers"]
+    assert [trigger["name"] for trigger in triggers] == ["quality-given-up", "waiting", "running"]
+    for trigger in triggers:
+        for namespace in ("test", "nowhere"):
+            query = trigger["metadata"]["query"].replace('"inference"', f'"{namespace}"')
+            [(_, value)] = [one["value"] for one in scraping.get("query", query=query)["result"]]
+            assert 0 <= float(value) <= (1 if trigger["metricType"] == "Value" else 64), (trigger["name"], value)
+            assert namespace == "test" or float(value) == 0, trigger["name"]
+    quality = triggers[0]["metadata"]["query"].replace('"inference"', '"test"')
+    assert float(scraping.get("query", query=quality)["result"][0]["value"][1]) > 0  # some budgets were tight
 
 
 def test_rules_evaluate(scraping: Prometheus) -> None:
