@@ -37,14 +37,14 @@ def python_tool(name: str) -> str:
 
 @cache
 def system_tool(name: str, package: str) -> str:
-    """The path of a program of a Debian package, which is installed first if it is missing and we may."""
+    """The path of a program of a Debian package (or the first of several), installed first if it is missing and we may."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{_PLACES}")
     if found is None:
         assert os.geteuid() == 0, f"{name} is missing: sudo apt-get install --no-install-recommends {package}"
         # nothing that is installed for a test is to be started as a service of the machine
         settings = dict(os.environ, DEBIAN_FRONTEND="noninteractive", RUNLEVEL="1")
         run("apt-get", "update", "-qq", env=settings)
-        run("apt-get", "install", "-y", "-qq", "--no-install-recommends", package, env=settings)
+        run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *package.split(), env=settings)
         found = shutil.which(name, path=_PLACES)
     assert found is not None, f"{package} is installed but has no {name}"
     return found
