@@ -21,6 +21,7 @@ from tests.deploy.expressions import VARIABLES, family, of_dashboard, of_rules, 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy" / "helm" / "sortserve"
 DOCKER = ROOT / "docker"
+RULE_TESTS = ROOT / "tests" / "deploy" / "rules_test.yaml"
 # Flags of the vLLM backend, which the chart offers before the server does: take out what has come to be there.
 COMING = {"--tensor-parallel-size", "--pipeline-parallel-size"}
 
@@ -89,6 +90,16 @@ def test_every_value_is_used_by_a_template() -> None:
     for path in leaves(yaml.safe_load((CHART / "values.yaml").read_text())):
         if not any(".".join(path).startswith(name) for name in whole):
             assert re.search(rf"\.{path[-1]}\b", templates), path
+
+
+def test_the_full_model_is_the_bundled_ones() -> None:
+    """Share of tokens below the full model: rules and chart name it, and must follow when another model is bundled."""
+    layers = json.loads((ROOT / "src" / "sortserve" / "bundled" / "config.json").read_text())["num_hidden_layers"]
+    helpers = (CHART / "templates" / "_helpers.tpl").read_text()
+    assert f'"sortserve.bundledFullSubmodel" -}}}}\nd{layers}\n' in helpers
+    named = {name for rule in of_rules().values() for name in re.findall(r'submodel!="(\w+)"', rule)}
+    assert named == {f"d{layers}"} == {VARIABLES["$full"]}
+    assert set(re.findall(r'submodel="(d\d+)"', RULE_TESTS.read_text())) >= named
 
 
 def served_families() -> set[str]:

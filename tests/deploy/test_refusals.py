@@ -67,7 +67,7 @@ BY_CHECKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "another model's ladder": (
         {"autoscaling": {"kind": "keda"}, "model": MODEL},
-        ("autoscaling.fullSubmodel is d8", "number of layers"),
+        ("set model.fullSubmodel", "number of layers"),
     ),
     "nothing to scale on": (
         {"autoscaling": {"kind": "hpa"}, "server": {"policy": "fixed", "fixedSubmodel": "d8"}},

@@ -68,7 +68,7 @@ def test_the_chart_sets_objective_and_full_model(ask: Ask, tmp_path: Path) -> No
     """Besides those two, and labels and links, the PrometheusRule is the file."""
     own = {
         **FULL,
-        "autoscaling": {"fullSubmodel": "d24"},
+        "model": {"fullSubmodel": "d24"},
         "prometheusRule": {
             "enabled": True,
             "objective": 0.99,

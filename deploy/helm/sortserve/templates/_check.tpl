@@ -76,12 +76,13 @@ set. Included by the workload, so all of it always runs. */}}
 
 {{- define "sortserve.checkScaling" -}}
 {{- $v := .Values }}
+{{- $counts := or (ne $v.autoscaling.kind "none") $v.prometheusRule.enabled }}
+{{- if and $counts (ne $v.model.source "bundled") (not $v.model.fullSubmodel) }}
+{{- fail "autoscaling and prometheusRule count what is made below the full model: set model.fullSubmodel to its id, d and its number of layers (`sortserve ladder` prints it)" }}
+{{- end }}
 {{- if ne $v.autoscaling.kind "none" }}
 {{- if gt (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas) }}
 {{- fail (printf "autoscaling.minReplicas is %d, over autoscaling.maxReplicas, which is %d" (int $v.autoscaling.minReplicas) (int $v.autoscaling.maxReplicas)) }}
-{{- end }}
-{{- if and (ne $v.model.source "bundled") (eq $v.autoscaling.fullSubmodel "d8") }}
-{{- fail "autoscaling.fullSubmodel is d8, which is the bundled model's: set it to the full model of yours, d and its number of layers (`sortserve ladder` prints it)" }}
 {{- end }}
 {{- if eq $v.server.policy "fixed" }}
 {{- fail "server.policy is fixed: no quality is ever given up, so autoscaling would never act; use policy slack, or set autoscaling.kind to none" }}

@@ -80,3 +80,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "sortserve.leaderWorkerSet" -}}
 {{- if eq .Values.multiNode.kind "leaderWorkerSet" }}1{{ end }}
 {{- end }}
+
+{{/* What the full model is called, in the ladder of the bundled model, and in the one that is served. The rules file has the
+first; a test holds both to the model. */}}
+{{- define "sortserve.bundledFullSubmodel" -}}
+d8
+{{- end }}
+
+{{- define "sortserve.fullSubmodel" -}}
+{{- default (include "sortserve.bundledFullSubmodel" .) .Values.model.fullSubmodel }}
+{{- end }}
