@@ -5,6 +5,7 @@ What stands for the Debian image is a root that debootstrap makes once and that 
 mounted for the time it takes and are never part of what is built.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.deploy.dockerfile import Instruction, Stage, chain, copy_source, fill, read_stages
@@ -63,11 +64,17 @@ def check_machine() -> None:
 def build(target: str, folder: Path, base: Path, build_args: Mapping[str, str], file: Path | None = None) -> Image:
     """The image of a stage of docker/Dockerfile, with each stage in a folder of its own under `folder`.
 
-    `base` is the root that stands for the image that the Dockerfile begins with; it is made if it is not there.
+    `base` is the root that stands for the image that the Dockerfile begins with; it is made if it is not there. An image
+    that was built from the very same files is taken as it is.
     """
     check_machine()
     make_base(base)
-    stages = read_stages((file or ROOT / "docker" / "Dockerfile").read_text())
+    text = (file or ROOT / "docker" / "Dockerfile").read_text()
+    stages = read_stages(text)
+    stamp, digest = folder / f"{target}.json", _digest_of_inputs(text, stages, build_args)
+    if stamp.exists() and (kept := json.loads(stamp.read_text()))["digest"] == digest:
+        return Image(folder / target, **kept["settings"])
+    stamp.unlink(missing_ok=True)
     images: dict[str, Image] = {}
     for name in chain(stages, target):
         root = folder / name
@@ -76,7 +83,23 @@ def build(target: str, folder: Path, base: Path, build_args: Mapping[str, str], 
         copy_tree(parent.root, root)
         images[name] = parent.derived(root)
         _build_stage(stages[name], images[name], images, build_args)
+    settings = asdict(images[target])
+    del settings["root"]
+    stamp.write_text(json.dumps({"digest": digest, "settings": settings}))
     return images[target]
+
+
+def _digest_of_inputs(text: str, stages: Mapping[str, Stage], build_args: Mapping[str, str]) -> str:
+    """Of the Dockerfile, its arguments, and every file that it copies from the context."""
+    found = hashlib.sha256(json.dumps([text, dict(build_args)], sort_keys=True).encode())
+    copies = [one for stage in stages.values() for one in stage.instructions if one.name == "COPY"]
+    for source in [source for copy in copies if copy_source(copy) is None for source in copy.words()[:-1]]:
+        path = ROOT / source
+        files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+        for each in files:
+            if "__pycache__" not in each.parts and not any(part.endswith(".egg-info") for part in each.parts):
+                found.update(str(each.relative_to(ROOT)).encode() + b"\0" + each.read_bytes())
+    return found.hexdigest()
 
 
 def make_base(root: Path) -> None:

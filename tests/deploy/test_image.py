@@ -35,7 +35,7 @@ MOST_BYTES = 1200 * 2**20  # 990 MiB when this was written; something large that
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    """Built anew: this is what is tested."""
+    """Built if what it is built from has changed; running it changes nothing in it."""
     system_tool("debootstrap", "debootstrap debian-archive-keyring")
     return build("cpu", FOLDER / "stages", FOLDER / "debian", build_args([]))
 
