@@ -14,14 +14,16 @@ SERVE_ENV := .venv
 DEV_ENV := .venv-dev
 AUDIT_ENV := .venv-audit
 CODE := $(wildcard src tests benchmarks)
+SCRIPTS := .ci docker deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compat check fuzz audit format bench soak clean
+.PHONY: help serve test test-compat test-deploy check fuzz audit format bench soak clean
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
 	@echo "make test    run the tests; ARGS='-k name ...' go to pytest"
 	@echo "make test-compat   run public clients and tools against a server; their environments take minutes to make, once"
+	@echo "make test-deploy   images, chart, alerts and rollouts with the real tools; as root, since it mounts and changes roots"
 	@echo "make check   ruff, formatting, mypy and pins"
 	@echo "make fuzz    five minutes of odd requests against a real server; FUZZ_SECONDS=n for another time"
 	@echo "make soak    fifteen minutes of mixed traffic: memory must stay flat; ARGS='--seconds n' for another time"
@@ -60,11 +62,15 @@ test: $(DEV_ENV)/.installed
 test-compat: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m pytest tests/compat $(ARGS)
 
+# Makes .venv-deploy, npm packages and Debian packages (as root; otherwise it says which are missing) on first use.
+test-deploy: $(DEV_ENV)/.installed
+	@$(DEV_ENV)/bin/python -m pytest tests/deploy $(ARGS)
+
 check: $(DEV_ENV)/.installed
-	$(DEV_ENV)/bin/ruff check $(CODE) .ci
-	$(DEV_ENV)/bin/ruff format --check $(CODE) .ci
+	$(DEV_ENV)/bin/ruff check $(CODE) $(SCRIPTS)
+	$(DEV_ENV)/bin/ruff format --check $(CODE) $(SCRIPTS)
 	$(DEV_ENV)/bin/mypy $(CODE)
-	$(DEV_ENV)/bin/mypy .ci/check_pins.py .ci/audit.py
+	$(DEV_ENV)/bin/mypy .ci/check_pins.py .ci/audit.py docker/healthcheck.py
 	$(DEV_ENV)/bin/python .ci/check_pins.py
 	$(DEV_ENV)/bin/python -m pip check
 

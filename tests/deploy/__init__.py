@@ -1,0 +1,1 @@
+"""Images, chart, rules and drain, with the real tools; only when named: `make test-deploy`."""
