@@ -29,6 +29,7 @@ def add_sort_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", type=Path, metavar="FILE", help="TOML: what is trained, and how")
     add("--data", type=Path, action="append", default=[], metavar="PATH", help="folder or file of text; may repeat")
     add("--minutes", type=float, help="wall time for the whole run; the schedule ends by then")
+    add("--updates", type=int, help="instead of the recipe's, or of --minutes: repeats a run exactly")
     add("--seed", type=int, help="instead of the recipe's")
     add("--alone", action="store_true", help="train the full model only: what sorting costs it, by comparison")
     add("--fresh", action="store_true", help="start anew where OUT holds an unfinished run")
