@@ -29,8 +29,10 @@ def activations(config: Any, sampler: Sampler, recipe: Recipe) -> int:
     keys = 2 * config.num_key_value_heads * head_dim
     layer = 2 * config.hidden_size * _norm_bytes(item) + config.hidden_size * 2 * item
     layer += (5 * queries + 6 * keys) * item + 5 * config.intermediate_size * item
-    window = recipe.train.window
-    squares = config.num_attention_heads * window * (2 * item + 4) if window <= EAGER_UP_TO else 2 * queries * 4
+    windows = {recipe.train.window, *([recipe.train.long_window] if recipe.train.long_every else [])}
+    plain = max((window for window in windows if window <= EAGER_UP_TO), default=0)
+    # the softmax in float32, and cast to `item` where that is another one
+    squares = max(2 * queries * 4, config.num_attention_heads * plain * (4 + (item if item == 2 else 0)))
     exits = len(sampler.exits) if recipe.method.kind == "soft" else 1
     final = exits * config.hidden_size * (_norm_bytes(item) + 3 * item)
     if recipe.train.checkpointed:

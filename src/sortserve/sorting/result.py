@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from sortserve.engine.config import load_model_config
@@ -104,7 +105,7 @@ def write(
         for path in sorted(writing.iterdir(), key=lambda p: (p.name == "training.json", p.suffix == ".safetensors")):
             path.chmod(0o644)  # safetensors writes it readable by its owner only
             path.replace(parts.out / path.name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a failed write
         raise SortingError(f"{parts.out}: {error}; the run is kept, the same command writes its result") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
