@@ -1,13 +1,15 @@
 """Adapters merge exactly, also for prefixes of neurons, and rank-sorted ones for prefixes of ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from sortserve.engine.errors import SortingError
-from sortserve.sorting.lora import RankPrefix, adapted, add_adapters, merge
+from sortserve.sorting.lora import RankPrefix, adapted, add_adapters, merge, save_adapters
 from sortserve.sorting.nested import SubModels, exit_states
 from sortserve.sorting.recipe import Lora
 from tests.sorting.toy import LAYERS, WIDTH, toy_model, toy_tokens
@@ -90,6 +92,17 @@ def test_only_adapters_are_trained() -> None:
     assert all("lora_" in name or "norm" in name for name in trained)
     assert any("lora_" in name for name in trained)
     assert "model.norm.weight" in trained
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+@pytest.mark.parametrize("sorted_ranks", [False, True])
+def test_what_is_saved_is_read_by_peft(tmp_path: Path, sorted_ranks: bool) -> None:
+    model, _ = adapted_model(sorted_ranks)
+    save_adapters(model, Lora(rank=RANK, alpha=ALPHA), tmp_path / "adapter")
+    read = PeftModel.from_pretrained(toy_model("qwen2"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        found = model.lm_head(states(model)[-1])
+        assert torch.allclose(read(toy_tokens()).logits, found, atol=1e-4)
 
 
 def test_targets_that_are_not_there() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sortserve.engine.errors import SortingError
 
+EXTRA = ("transformers", "accelerate", "peft", "tqdm")  # the `sort` extra of pyproject.toml
 _EPILOG = """\
 examples:
   sortserve sort ./Qwen2.5-0.5B --recipe lora.toml --data ./texts --to ./sorted   train exits and widths
@@ -42,5 +43,10 @@ def run_sort(args: argparse.Namespace) -> int:
         raise SortingError("--no-training needs MODEL: there is nothing to sort without weights")
     if not args.no_training and args.recipe is None:
         raise SortingError("give --recipe FILE to train by, or --no-training")
-    grade = import_module("sortserve.sorting.untrained" if args.no_training else "sortserve.sorting.training")
+    try:
+        grade = import_module("sortserve.sorting.untrained" if args.no_training else "sortserve.sorting.training")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise SortingError(f"{error.name} is not installed: pip install 'sortserve[sort]'") from error
     return int(grade.run(args.model, args.to, args))

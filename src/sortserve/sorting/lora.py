@@ -6,9 +6,12 @@ Contract: `add_adapters` freezes the model and gives it adapters; `merge` folds 
 the plain model back, with any prefix of the ranks for a rank-sorted one.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -61,6 +64,21 @@ def adapted(model: Any) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def save_adapters(model: Any, lora: Lora, folder: Path) -> None:
+    """As peft reads them: `PeftModel.from_pretrained(base, folder)`. Norms trained beside them are not in it."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            for kind in ("lora_A", "lora_B"):
+                weight = getattr(module, kind)["default"].weight.detach()
+                tensors[f"base_model.model.{name}.{kind}.weight"] = weight.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "bias": "none"}
+    config |= {"target_modules": sorted(lora.targets), "lora_dropout": 0.0, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def merge(model: Any, prefix: RankPrefix, rank: int = 0) -> None:

@@ -67,14 +67,14 @@ def write(
     """Merge, measure, write, and remove the unfinished run. Raises SortingError if the disk is full."""
     model, recipe = parts.model, parts.recipe
     shares = _speed(parts, progress)
-    if parts.ranks is not None:
-        assert recipe.lora is not None
-        lora.merge(model, parts.ranks, recipe.lora.merge_rank)
-    model.to(torch.bfloat16)
-    model.config._attn_implementation = None
     writing = parts.out / ".writing"
     shutil.rmtree(writing, ignore_errors=True)
     try:
+        if parts.ranks is not None and recipe.lora is not None:
+            lora.save_adapters(model, recipe.lora, writing / "adapter")
+            lora.merge(model, parts.ranks, recipe.lora.merge_rank)
+        model.to(torch.bfloat16)
+        model.config._attn_implementation = None
         model.save_pretrained(writing)
         if source is None:
             new_model.write_tokenizer(tokenizer, writing, model.config.max_position_embeddings)
@@ -103,7 +103,10 @@ def write(
 
             (writing / "README.md").write_text(card(parts, texts, record), encoding="utf-8")
         for path in sorted(writing.iterdir(), key=lambda p: (p.name == "training.json", p.suffix == ".safetensors")):
-            path.chmod(0o644)  # safetensors writes it readable by its owner only
+            for file in [path, *path.rglob("*")]:
+                file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes files readable by their owner only
+            if path.is_dir():
+                shutil.rmtree(parts.out / path.name, ignore_errors=True)
             path.replace(parts.out / path.name)
     except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a failed write
         raise SortingError(f"{parts.out}: {error}; the run is kept, the same command writes its result") from error
