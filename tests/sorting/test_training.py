@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(tmp_path: Path, books: Path) 
     slow += "t.train_step = lambda *a: (time.sleep(0.2), f(*a))[1]\n"  # so that the kill meets it at work
     start = f"import sys; {slow}from sortserve.__main__ import main; sys.exit(main(sys.argv[1:]))"
     given = command(tmp_path, "killed", "--updates", str(UPDATES), recipe=frequent)
-    log = tmp_path / "killed/training.jsonl"
+    log = tmp_path / "killed/unfinished/training.jsonl"
     process = subprocess.Popen([sys.executable, "-c", start, *given], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not log.exists() or log.read_text().count("\n") < 4:
@@ -235,6 +235,9 @@ def stopped(tmp_path: Path, books: Path) -> Path:
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its log too, whatever a kill or a full disk left at the end of it."""
+    with (stopped / "unfinished/training.jsonl").open("a") as log:
+        log.write('{"update": 4, "tokens": 1024, "loss": {"d4-w64": 5.1}\n{"update": 5')
     assert main(command(tmp_path, "out", "--updates", str(UPDATES))) == 0
     assert "going on after update 3" in capsys.readouterr().err
     assert [line["update"] for line in losses(stopped)] == list(range(1, UPDATES + 1))

@@ -21,6 +21,22 @@ The same command again goes on where a killed run stopped.
 """
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} must be minutes, over 0")
+    return minutes
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def add_sort_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of both grades."""
     parser.epilog = _EPILOG
@@ -29,8 +45,8 @@ def add_sort_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", type=Path, required=True, metavar="OUT", help="folder to write the sorted model to")
     add("--recipe", type=Path, metavar="FILE", help="TOML: what is trained, and how")
     add("--data", type=Path, action="append", default=[], metavar="PATH", help="folder or file of text; may repeat")
-    add("--minutes", type=float, help="wall time for the whole run; the schedule ends by then")
-    add("--updates", type=int, help="instead of the recipe's, or of --minutes: repeats a run exactly")
+    add("--minutes", type=_minutes, help="wall time for the whole run; the schedule ends by then")
+    add("--updates", type=_count, help="instead of the recipe's, or of --minutes: repeats a run exactly")
     add("--seed", type=int, help="instead of the recipe's")
     add("--alone", action="store_true", help="train the full model only: what sorting costs it, by comparison")
     add("--fresh", action="store_true", help="start anew where OUT holds an unfinished run")

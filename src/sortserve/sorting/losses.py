@@ -68,8 +68,9 @@ class _ChunkedHead(torch.autograd.Function):
         need_states, need_weight = ctx.needs_input_grad[:2]
         d_states = torch.empty_like(states) if need_states else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        each = torch.zeros(num_exits, dtype=torch.float64)
-        total = 0.0
+        # sums stay on the device: reading one out would wait for it at every chunk
+        each = torch.zeros(num_exits, dtype=torch.float64, device=states.device)
+        total = torch.zeros((), dtype=torch.float64, device=states.device)
         rows = chunk_rows(len(weight))
         own_teacher = teacher is None
         for start in range(0, num_tokens, rows):
@@ -87,7 +88,7 @@ class _ChunkedHead(torch.autograd.Function):
                 each[e] += entropy
                 total += scale[e] * loss
                 if need_states or need_weight:
-                    gradient[torch.arange(len(gradient)), targets[part]] -= 1.0 - share
+                    gradient[torch.arange(len(gradient), device=gradient.device), targets[part]] -= 1.0 - share
                     if share:
                         assert likely is not None
                         gradient.sub_(likely, alpha=share)
@@ -99,7 +100,7 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.save_for_backward(d_states, None if d_weight is None else d_weight.to(weight.dtype))
         each_mean = (each / num_tokens).to(torch.float32)
         ctx.mark_non_differentiable(each_mean)
-        return torch.tensor(total / num_tokens), each_mean
+        return (total / num_tokens).to(torch.float32), each_mean
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -113,15 +114,15 @@ class _ChunkedHead(torch.autograd.Function):
 
 def _one(
     states: Tensor, weight: Tensor, targets: Tensor, share: float, likely: Tensor | None
-) -> tuple[float, float, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Summed cross-entropy and loss in nats, and the softmax, of a chunk. `share` of the loss is KL(likely || softmax)."""
     logits = (states @ weight.T).float()
     log_sum = logits.logsumexp(-1)
-    entropy = float((log_sum - logits.gather(1, targets[:, None])[:, 0]).sum(dtype=torch.float64))
+    entropy = (log_sum - logits.gather(1, targets[:, None])[:, 0]).sum(dtype=torch.float64)
     loss = (1 - share) * entropy
     if share:
         assert likely is not None
         own = torch.special.entr(likely).sum(dtype=torch.float64)
         cross = log_sum.sum(dtype=torch.float64) - torch.dot(likely.flatten(), logits.flatten())
-        loss += share * float(cross - own)
+        loss = loss + share * (cross - own)
     return entropy, loss, logits.sub_(log_sum[:, None]).exp_()

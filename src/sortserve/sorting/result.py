@@ -29,7 +29,7 @@ from sortserve.sorting.recipe import write_recipe
 from sortserve.sorting.trainer import Parts, Progress
 
 SOURCE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-PER_FILE = 16384  # held-out tokens of each file
+PER_FILE = 8192  # held-out tokens of each file
 
 
 def opening(parts: Parts, texts: Texts) -> str:
@@ -47,12 +47,6 @@ def opening(parts: Parts, texts: Texts) -> str:
             f"a step takes at most {most / 2**30:.2f} GiB beside the weights ({train.tokens_per_pass} tokens a pass)",
         ]
     )
-
-
-def forget(out: Path) -> None:
-    """Remove an unfinished run."""
-    shutil.rmtree(out / "unfinished", ignore_errors=True)
-    (out / "training.jsonl").unlink(missing_ok=True)
 
 
 def write(
@@ -81,6 +75,7 @@ def write(
         for name in SOURCE_FILES:
             if source is not None and (source / name).exists():
                 shutil.copyfile(source / name, writing / name)
+        shutil.copyfile(parts.log, writing / "training.jsonl")
         (writing / "recipe.toml").write_text(write_recipe(recipe), encoding="utf-8")
         shape = load_model_config(writing).shape
         _ladder(parts, shape).dump(writing / "ladder.json")
@@ -112,7 +107,7 @@ def write(
         raise SortingError(f"{parts.out}: {error}; the run is kept, the same command writes its result") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    shutil.rmtree(parts.out / "unfinished", ignore_errors=True)
+    shutil.rmtree(parts.unfinished, ignore_errors=True)
     print(table(record), file=sys.stderr)
 
 

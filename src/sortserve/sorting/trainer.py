@@ -48,6 +48,16 @@ class Parts:
     checkpointed: bool = False
     """Layers are computed again in the backward pass instead of kept."""
 
+    @property
+    def unfinished(self) -> Path:
+        """Where the run is kept until its result is in place."""
+        return self.out / "unfinished"
+
+    @property
+    def log(self) -> Path:
+        """A line every few updates."""
+        return self.unfinished / "training.jsonl"
+
 
 @dataclass
 class Progress:
@@ -131,7 +141,7 @@ def train(
     saved_at = logged_at = clock.seconds
     logged_tokens = progress.tokens
     bar = tqdm(total=updates or None, initial=progress.update, unit="update", mininterval=_interval(), smoothing=0.05)
-    with bar, (parts.out / "training.jsonl").open("a", encoding="utf-8") as log:
+    with bar:
         while (share := clock.progress(progress.update)) < 1.0 and not stop():
             rate = rate_at(share, parts.recipe.train)
             for name, losses in train_step(parts, optimizer, progress.update, rate).items():
@@ -144,7 +154,7 @@ def train(
             if progress.update % parts.recipe.train.log_every == 0:
                 speed = (progress.tokens - logged_tokens) / max(1e-9, progress.seconds - logged_at)
                 logged_at, logged_tokens = progress.seconds, progress.tokens
-                _log(log, bar, progress, rate, speed)
+                _log(parts.log, bar, progress, rate, speed)
             if progress.seconds - saved_at > 60 * parts.recipe.train.save_minutes:
                 saved_at = progress.seconds
                 _save(parts, optimizer, progress, must=False)
@@ -155,8 +165,9 @@ def train(
 
 def resume(parts: Parts, optimizer: Optimizer) -> Progress:
     """Take up the unfinished run in the output folder, if there is one; its log is cut to what is taken up."""
-    path = parts.out / "training.jsonl"
-    kept = saved_run.load_newest(parts.out / "unfinished")
+    path = parts.log
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = saved_run.load_newest(parts.unfinished)
     if kept is None:
         path.unlink(missing_ok=True)
         return Progress()
@@ -166,9 +177,7 @@ def resume(parts: Parts, optimizer: Optimizer) -> Progress:
     facts.pop("sha256")
     optimizer.restore(kept.tensors)
     progress = Progress(**facts)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    whole = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= progress.update]
-    path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    _cut_log(path, progress.update)
     print(f"going on after update {progress.update}, {progress.seconds:.0f} s of training", file=sys.stderr)
     return progress
 
@@ -177,19 +186,36 @@ def _save(parts: Parts, optimizer: Optimizer, progress: Progress, must: bool) ->
     """A full disk in the middle of a run costs a warning: the older save is whole, and the next one may find room."""
     facts = {**vars(progress), "fingerprint": parts.fingerprint}
     try:
-        saved_run.save(parts.out / "unfinished", saved_run.SavedRun(optimizer.state(), facts))
+        saved_run.save(parts.unfinished, saved_run.SavedRun(optimizer.state(), facts))
     except OSError as error:
         if must:
             raise SortingError(f"the run could not be saved: {error}; what was saved before is whole") from error
         tqdm.write(f"not saved: {error}; training goes on", file=sys.stderr)
 
 
-def _log(log: Any, bar: Any, progress: Progress, rate: float, speed: float) -> None:
+def _log(path: Path, bar: Any, progress: Progress, rate: float, speed: float) -> None:
     each = {name: round(total / count, 5) for name, (total, count) in sorted(progress.sums.items(), key=_by_grid)}
-    line = {"update": progress.update, "tokens": progress.tokens, "seconds": round(progress.seconds, 1)}
-    print(json.dumps({**line, "rate": round(rate, 6), "tokens_s": round(speed), "loss": each}), file=log, flush=True)
+    line: dict[str, Any] = {"update": progress.update, "tokens": progress.tokens, "seconds": round(progress.seconds, 1)}
+    line |= {"rate": round(rate, 6), "tokens_s": round(speed), "loss": each}
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            print(json.dumps(line), file=log)
+    except OSError as error:
+        tqdm.write(f"not logged: {error}; training goes on", file=sys.stderr)
     bar.set_postfix_str(f"{speed:.0f} tokens/s " + " ".join(f"{name} {loss:.3f}" for name, loss in each.items()))
     progress.sums = {}
+
+
+def _cut_log(path: Path, update: int) -> None:
+    """Leave the lines up to `update`; what a kill or a full disk cut short is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["update"] <= update:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _by_grid(item: tuple[str, list[float]]) -> tuple[int, ...]:
