@@ -47,6 +47,7 @@ def test_what_repeats_a_held_out_file_is_left_out(tmp_path: Path) -> None:
     (books / "quote.md").write_text("\n\n".join(["Essay.", *long]))
     texts = read_texts([books], Data(hold_out_every=5))
     assert texts.left_out == ("book1.md", "copy.md")
+    assert set(texts.train) == {"book0.md", "book2.md"}
 
 
 def test_a_title_header_is_no_text(tmp_path: Path) -> None:

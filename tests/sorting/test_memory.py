@@ -18,15 +18,16 @@ from tests.sorting.toy import LAYERS, toy_model, toy_tokens
 @pytest.mark.parametrize("window", [32, 128, 1024])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_activations(window: int, dtype: Literal["bfloat16", "float32"], checkpointed: bool) -> None:
+@pytest.mark.parametrize("ffn", [96, 1024])
+def test_activations(window: int, dtype: Literal["bfloat16", "float32"], checkpointed: bool, ffn: int) -> None:
     """Every tensor that autograd keeps for the backward pass, counted once by its storage."""
-    model = toy_model("qwen2", dtype=getattr(torch, dtype), intermediate_size=96, hidden_size=64, head_dim=16)
+    model = toy_model("qwen2", dtype=getattr(torch, dtype), intermediate_size=ffn, hidden_size=64, head_dim=16)
     recipe = Recipe(
         grid=Grid(exits=[2], widths=[48]),
         method=Method(full_width_share=1.0),
         train=Train(tokens_per_pass=2048, window=window, dtype=dtype, checkpointed=checkpointed),
     )
-    sampler = Sampler.make(recipe.grid, recipe.method, LAYERS, 96, 0)
+    sampler = Sampler.make(recipe.grid, recipe.method, LAYERS, ffn, 0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

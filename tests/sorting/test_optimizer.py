@@ -72,6 +72,7 @@ def test_a_restored_optimizer_goes_on_alike(kind: Literal["adamw", "muon"], dtyp
     other_named = parameters(dtype)
     other = Optimizer(other_named, train)
     other.restore(kept)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(named, other_named, strict=True))
     for seed in range(3, 6):
         update(one, named, seed)
         update(other, other_named, seed)

@@ -150,8 +150,18 @@ def test_adapters_are_trained_and_merged(tmp_path: Path, books: Path, model: Pat
     }
 
 
-@pytest.mark.parametrize("damage", ["truncated", "nan", "no weights", "no config"])
-def test_a_damaged_model_is_refused(tmp_path: Path, books: Path, model: Path, damage: str) -> None:
+DAMAGE = {
+    "truncated": "model.safetensors",
+    "nan": r"layers\.1\.mlp\.up_proj\.weight holds NaN",
+    "no weights": "safetensors",
+    "no config": r"config\.json",
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGE.items())
+def test_a_damaged_model_is_refused(
+    tmp_path: Path, books: Path, model: Path, damage: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = model / "model.safetensors"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
@@ -163,6 +173,7 @@ def test_a_damaged_model_is_refused(tmp_path: Path, books: Path, model: Path, da
     else:
         (path if damage == "no weights" else model / "config.json").unlink()
     assert main(["sort", str(model), *command(tmp_path, "out", "--updates", "1", recipe=LORA)[1:]]) == 2
+    assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "out/model.safetensors").exists()
 
 

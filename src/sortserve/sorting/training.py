@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer
 
+from sortserve.engine.checkpoint import Checkpoint
 from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.sorting import data, lora, new_model, result
@@ -120,7 +121,7 @@ def load(folder: Path) -> Any:
     """A transformers model. Raises ModelFolderError or SortingError if it is truncated or holds NaN."""
     from transformers import AutoModelForCausalLM
 
-    load_model_config(folder)  # names what is wrong with a folder better than transformers does
+    Checkpoint.open(folder, load_model_config(folder))  # names the file and the tensor that is wrong
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     except Exception as error:
