@@ -88,6 +88,13 @@ def test_alone_trains_the_full_model_only(tmp_path: Path, books: Path) -> None:
     assert "alone = true" in (tmp_path / "out/recipe.toml").read_text()
 
 
+def test_the_last_update_is_logged(tmp_path: Path, books: Path) -> None:
+    recipe = RECIPE.replace("log_every = 1", "log_every = 4")
+    for updates, logged in (("2", [2]), ("6", [4, 6])):
+        assert main(command(tmp_path, "out", "--updates", updates, recipe=recipe)) == 0
+        assert [line["update"] for line in losses(tmp_path / "out")] == logged
+
+
 def test_minutes_end_annealed(tmp_path: Path, books: Path) -> None:
     """The rate follows the clock: at its end it is the recipe's last one, and the whole took no longer than asked."""
     began = time.monotonic()

@@ -142,8 +142,9 @@ def train(
     logged_tokens = progress.tokens
     bar = tqdm(total=updates or None, initial=progress.update, unit="update", mininterval=_interval(), smoothing=0.05)
     with bar:
-        while (share := clock.progress(progress.update)) < 1.0 and not stop():
-            rate = rate_at(share, parts.recipe.train)
+        over = clock.progress(progress.update) >= 1.0
+        while not over and not stop():
+            rate = rate_at(clock.progress(progress.update), parts.recipe.train)
             for name, losses in train_step(parts, optimizer, progress.update, rate).items():
                 old = progress.sums.get(name, [0.0, 0.0])
                 progress.sums[name] = [old[0] + sum(losses), old[1] + len(losses)]
@@ -151,14 +152,15 @@ def train(
             progress.tokens += parts.recipe.train.tokens_per_pass * parts.recipe.method.passes
             progress.seconds = clock.seconds
             bar.update()
-            if progress.update % parts.recipe.train.log_every == 0:
+            over = clock.progress(progress.update) >= 1.0
+            if over or progress.update % parts.recipe.train.log_every == 0:
                 speed = (progress.tokens - logged_tokens) / max(1e-9, progress.seconds - logged_at)
                 logged_at, logged_tokens = progress.seconds, progress.tokens
                 _log(parts.log, bar, progress, rate, speed)
             if progress.seconds - saved_at > 60 * parts.recipe.train.save_minutes:
                 saved_at = progress.seconds
                 _save(parts, optimizer, progress, must=False)
-        progress.done = share >= 1.0
+        progress.done = over
     _save(parts, optimizer, progress, must=True)
     return progress, optimizer
 
@@ -169,7 +171,7 @@ def resume(parts: Parts, optimizer: Optimizer) -> Progress:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = saved_run.load_newest(parts.unfinished)
     if kept is None:
-        path.unlink(missing_ok=True)
+        path.write_text("", encoding="utf-8")
         return Progress()
     facts = dict(kept.facts)
     if facts.pop("fingerprint") != parts.fingerprint:
