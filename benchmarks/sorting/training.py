@@ -2,12 +2,14 @@
 
 An ordinary step trains the full model only. A SoFT step runs the layers once and the head once per exit; a SortedNet step
 runs each point of a grid once (24 of them), on as many batches. Both are held against what their matrix products predict
-from the ordinary step's time. Without --model: the architecture of the bundled recipe, full weights. With one: LoRA.
+from the ordinary step's time. Beside other work, OMP_NUM_THREADS=1 and --cpu-time give figures that it changes little.
+Without --model: the architecture of the bundled recipe, full weights. With one: LoRA.
 """
 
 import argparse
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Hugging Face folder; none: the bundled recipe's architecture")
     parser.add_argument("--tokens", type=int, help="of a pass; default: 4096, with a model 512")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, instead of wall time")
     asked = parser.parse_args()
     training.keep_freed_memory()
     tokens = asked.tokens or (512 if asked.model else 4096)
-    run("training_lora" if asked.model else "training", prepare(asked.model, tokens), asked.rounds)
+    run(
+        "training_lora" if asked.model else "training",
+        prepare(asked.model, tokens),
+        asked.rounds,
+        time.process_time if asked.cpu_time else time.perf_counter,
+    )
 
 
 def prepare(folder: Path | None, tokens: int) -> tuple[Parts, ModelShape, recipe.Recipe]:
@@ -80,8 +88,11 @@ def prepare(folder: Path | None, tokens: int) -> tuple[Parts, ModelShape, recipe
 class Step:
     """An optimiser step over some passes: its time and its matrix products' operations."""
 
-    def __init__(self, parts: Parts, shape: ModelShape, optimizer: Optimizer, passes: list[Pass]) -> None:
+    def __init__(
+        self, parts: Parts, shape: ModelShape, optimizer: Optimizer, passes: list[Pass], clock: Callable[[], float]
+    ) -> None:
         self._parts, self._optimizer, self._passes, self._number = parts, optimizer, passes, 0
+        self._clock = clock
         train, adapters = parts.recipe.train, parts.recipe.lora
         self.tokens = train.tokens_per_pass * len(passes)
         self.flops = sum(
@@ -99,37 +110,38 @@ class Step:
     def __call__(self) -> float:
         """Seconds."""
         train = self._parts.recipe.train
-        began = time.perf_counter()
+        began = self._clock()
         for one in self._passes:
             self._number += 1
             windows = self._parts.packed.windows(self._number, train.tokens_per_pass, train.window)
             run_pass(self._parts, one, windows.to(self._parts.accelerator.device))
             self._optimizer.collect()
         self._optimizer.step(1e-3, len(self._passes))
-        return time.perf_counter() - began
+        return self._clock() - began
 
 
-def run(name: str, prepared: tuple[Parts, ModelShape, recipe.Recipe], rounds: int) -> None:
+def run(name: str, prepared: tuple[Parts, ModelShape, recipe.Recipe], rounds: int, clock: Callable[[], float]) -> None:
     """Time ordinary, SoFT and SortedNet steps in turn, and print what they cost."""
     parts, shape, given = prepared
     sampler, model = parts.sampler, parts.model
     optimizer = Optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad], given.train)
     device = parts.accelerator.device
-    rate = machine_flops(torch.bfloat16, device)
+    rate = machine_flops(torch.bfloat16, device, clock=clock)
     full = SubModels(sampler.exits[-1:], sampler.widths[-1])
     soft = SubModels(sampler.exits, sampler.widths[-1])
     points = [Pass(SubModels((depth,), width), (1.0,)) for depth, width in sampler.grid]
     assert len(points) == POINTS
     steps = {
-        "ordinary": Step(parts, shape, optimizer, [Pass(full, (1.0,))]),
-        "soft": Step(parts, shape, optimizer, [Pass(soft, (1 / len(sampler.exits),) * len(sampler.exits))]),
-        "sorted": Step(parts, shape, optimizer, points),
+        "ordinary": Step(parts, shape, optimizer, [Pass(full, (1.0,))], clock),
+        "soft": Step(parts, shape, optimizer, [Pass(soft, (1 / len(sampler.exits),) * len(sampler.exits))], clock),
+        "sorted": Step(parts, shape, optimizer, points, clock),
     }
     print(f"one large bfloat16 product: {rate / 1e9:.0f} GFLOP/s; {given.train.tokens_per_pass} tokens a pass")
     for step in steps.values():
         step()
     times = dict(zip(steps, alternate(list(steps.values()), rounds), strict=True))
     figures: dict[str, Any] = {"machine_flops_s": round(rate), "tokens_per_pass": given.train.tokens_per_pass}
+    figures["clock"] = clock.__name__
     checks = {}
     for kind, step in steps.items():
         predicted = [seconds * step.flops / steps["ordinary"].flops for seconds in times["ordinary"]]
