@@ -218,4 +218,6 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
 
 def _module(path: Path) -> str:
     """The name that `python -m` was given."""
-    return "benchmarks" if path.stem == "__main__" else f"benchmarks.{path.stem}"
+    parts = path.with_suffix("").parts
+    names = parts[len(parts) - 1 - parts[::-1].index("benchmarks") :] if "benchmarks" in parts else parts[-1:]
+    return ".".join(name for name in names if name != "__main__")

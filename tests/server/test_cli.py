@@ -50,6 +50,22 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "sortserve" in capsys.readouterr().out
 
 
+def test_other_parts_add_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Listed in the help, given their arguments, and their errors told like the server's own."""
+
+    def run(args: argparse.Namespace) -> int:
+        if args.fail:
+            raise StartupError("no such recipe")
+        return 7
+
+    other = cli.Command("knit", "make a scarf", lambda parser: parser.add_argument("--fail", type=int), run)
+    assert cli.main(["knit"], [other]) == 7
+    assert cli.main(["knit", "--fail", "1"], [other]) == 2
+    assert "no such recipe" in capsys.readouterr().err
+    assert cli.main([], [other]) == 0
+    assert "make a scarf" in capsys.readouterr().out
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "sortserve serve" in capsys.readouterr().out
