@@ -52,7 +52,7 @@ def test_what_is_dumped_is_loaded(tmp_path: Path, ladder: Ladder) -> None:
     ladder.dump(path)
     assert Ladder.load(path, SHAPE) == ladder
     content = json.loads(path.read_text())
-    assert (content["format"], content["version"]) == ("sortserve-ladder", 1)
+    assert (content["format"], content["version"]) == ("sortserve-ladder", 2)
 
 
 @given(ladders())
@@ -93,8 +93,8 @@ def test_names_that_the_file_leaves_out(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (file_of(format="other"), ["'other'", "version 1", "sortserve-ladder"]),
-        (file_of(version=2), ["version 2", "version 1"]),
-        (file_of(version=2, new_key=1), ["version 2", "version 1"]),
+        (file_of(version=3), ["version 3", "version 2"]),
+        (file_of(version=3, new_key=1), ["version 3", "version 2"]),
         (file_of(num_layers=7), ["7 layers", "6"]),
         (file_of(ffn_width=128), ["128 FFN", "64"]),
         (file_of(extra=1), ["extra"]),

@@ -6,6 +6,7 @@
     |   +-- LadderError             malformed ladder.json, or one for another model
     |   +-- MemoryBudgetError       the KV memory cannot hold one sequence of the context length
     |   +-- KeysFileError           missing or malformed keys file, or one for another ladder
+    |   +-- SortingError            recipe, data, model or unfinished run that `sortserve sort` cannot take
     +-- RequestError              400  this one request cannot be served as it was asked
     |   +-- ContextLengthError      400  prompt + max_tokens over the context
     |   +-- BudgetInfeasibleError   400  strict budget that even an idle server would miss
@@ -60,6 +61,10 @@ class MemoryBudgetError(StartupError):
 
 class KeysFileError(StartupError):
     """The keys file is missing, malformed, or names a sub-model that there is not; read anew it changes nothing then."""
+
+
+class SortingError(StartupError):
+    """A recipe, data, a model or an unfinished run that the sorting toolkit cannot take; nothing was overwritten."""
 
 
 class RequestError(SortServeError):

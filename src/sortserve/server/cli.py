@@ -1,4 +1,4 @@
-"""The command line: `sortserve serve | generate | ladder | bench`.
+"""The server's commands: `sortserve serve | generate | ladder | bench`; `sortserve.__main__` adds those of other parts.
 
 `main` returns the exit code: 0, 1 for a request that was refused or an engine that died, 2 for a server or model that
 cannot start with what it was given. What needs torch is imported by the command that needs it.
@@ -8,7 +8,8 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import sortserve
@@ -44,22 +45,35 @@ have --shutdown-timeout seconds to finish; a second one ends it at once.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Command:
+    """A command of a part that the server may not import: what `help` lists, its arguments, and what runs it."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None, others: Sequence[Command] = ()) -> int:
     """Run one command and return its exit code; errors are one line on stderr."""
-    parser = make_parser()
+    parser = make_parser(others)
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
     try:
+        for other in others:
+            if args.command == other.name:
+                return other.run(args)
         return _run(args)
     except SortServeError as error:
         print(f"sortserve: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, StartupError) else 1
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def make_parser(others: Sequence[Command] = ()) -> argparse.ArgumentParser:
+    """The parser of all commands, `others` among them."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("sortserve", description=_TOP, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"sortserve {sortserve.__version__}")
@@ -87,6 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--max-tokens", type=positive, default=32, help="output tokens per prompt; default: 32")
     bench.add_argument("--batch", type=positive, default=8, help="prompts at a time for the throughput; default: 8")
     bench.add_argument("--repeats", type=positive, default=3, help="runs to take the median of; default: 3")
+
+    for other in others:
+        other.add_arguments(commands.add_parser(other.name, help=other.help, formatter_class=raw))
     return parser
 
 
