@@ -27,6 +27,7 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
 _CHARS_PER_TOKEN = 8  # more than any tokenizer needs on average, so that a cut text still fills its window
 _CALCULATOR = re.compile(r"<<[^>]*>>")  # GSM8K's annotations, which no reader ever sees
 BUILT_IN = Path(__file__).parent / "texts"
+_CODE = {"calibration": "engine", "held_out": "server"}
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,10 @@ def load_domains(
 
 
 def built_in(kind: str) -> list[str]:
-    """Sources of the texts that come with the package: `calibration` or `held_out`."""
-    return [f"{path.name.split('.')[0]}={path}" for path in sorted((BUILT_IN / kind).iterdir()) if _suffix(path)]
+    """Sources of the texts that come with the package, `calibration` or `held_out`: prose, maths and dialogue from
+    files (texts/README.md tells whose), and as code the package's own."""
+    files = [f"{path.name.split('.')[0]}={path}" for path in sorted((BUILT_IN / kind).iterdir()) if _suffix(path)]
+    return [*files, f"code={BUILT_IN.parent.parent / _CODE[kind]}"]
 
 
 def batches(domain: Domain, most_tokens: int) -> Iterator[Batch]:
@@ -175,17 +178,36 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
 
 
-def _read_file(path: Path, most_chars: int, most_pieces: int, seed: int) -> Iterator[Sample]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a `.jsonl` or `.jsonl.gz` file. Raises SortingError with the line that is none."""
+    rows = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SortingError(f"{path} line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise SortingError(f"{path} line {number} is no object")
+        rows.append(row)
+    return rows
+
+
+def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        content = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise SortingError(f"{path} cannot be read as UTF-8 text ({error})") from error
+
+
+def _read_file(path: Path, most_chars: int, most_pieces: int, seed: int) -> Iterator[Sample]:
     if ".jsonl" in path.name:
-        for number, line in enumerate(content.splitlines(), start=1):
-            if line.strip():
-                yield _sample(path, number, line)
+        for number, row in enumerate(read_rows(path), start=1):
+            yield _sample(path, number, row)
         return
+    content = _read_text(path)
     pieces = max(1, min(most_pieces, len(content) // most_chars))
     rng = random.Random(f"{seed} {path.name}")
     for piece in range(pieces):
@@ -197,11 +219,8 @@ def _read_file(path: Path, most_chars: int, most_pieces: int, seed: int) -> Iter
         yield Sample("", content[start : start + most_chars].strip())
 
 
-def _sample(path: Path, number: int, line: str) -> Sample:
+def _sample(path: Path, number: int, row: dict[str, Any]) -> Sample:
     try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError("not an object")
         if "messages" in row:
             *turns, last = row["messages"]
             flat = "\n".join(str(turn["content"]) for turn in turns)

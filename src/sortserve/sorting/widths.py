@@ -1,17 +1,18 @@
-"""Widths that differ by layer: where to start a search, from the importance of single neurons.
+"""Widths that differ by layer: where a search starts.
 
-Neurons are sorted, so a layer at width w loses the importance of its neurons from w on. `allocate` spends a budget of
-neurons so that the least is lost in all. It adds up what layers lose by themselves, which is only about right;
-the search corrects it.
+What a layer loses at a width is either added up from the importance of its neurons beyond it (they are sorted), or
+measured with this layer narrowed alone (`profile`). `allocate` spends a budget of neurons so that the least is lost in
+all. Losses of layers do not really add up; the search corrects that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
 from sortserve.engine.errors import SortingError
 from sortserve.engine.submodel import ModelShape, SubModel
+from sortserve.sorting.search import Space
 
 STEP = 128  # neurons; widths are multiples of it where the FFN is wide enough
 
@@ -31,31 +32,52 @@ def levels(shape: ModelShape, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(widths))
 
 
-def allocate(importance: Tensor, widths: Sequence[int], budget: int) -> SubModel:
-    """Widths per layer, of those given, with the least loss of `importance` [layers, neurons] for `budget` neurons.
+def losses_by_importance(importance: Tensor, widths: Sequence[int]) -> list[list[float]]:
+    """What each layer loses at each width: the importance of the neurons beyond it, importance [layers, neurons]."""
+    return [[float(row[width:].sum()) for width in sorted(widths)] for row in importance.double()]
+
+
+def profile(
+    space: Space, fitness: Callable[[SubModel], float], progress: Callable[[str], None] | None = None
+) -> list[list[float]]:
+    """What each layer costs at each width while all others stay whole, by measuring it: [layers][widths]."""
+    full = space.widths[-1]
+    losses = []
+    for layer in range(space.num_layers):
+        row = []
+        for width in space.widths[:-1]:
+            widths = [full] * space.num_layers
+            widths[layer] = width
+            row.append(fitness(SubModel.make(space.num_layers, widths)))
+        losses.append([*row, 0.0])
+        if progress is not None:
+            progress(f"layer {layer + 1} of {space.num_layers}")
+    return losses
+
+
+def allocate(losses: Sequence[Sequence[float]], widths: Sequence[int], budget: int) -> SubModel:
+    """Widths per layer, of those given, with the least sum of `losses` [layers][widths] for `budget` neurons.
 
     Greedy over the lower convex hull of each layer's losses, so each step saves the most neurons for what it loses.
-    Neurons must be sorted. Raises SortingError if not even the narrowest widths keep the budget.
+    Raises SortingError if not even the narrowest widths keep the budget.
     """
     ascending = sorted(widths)
-    num_layers = importance.shape[0]
+    num_layers = len(losses)
     if ascending[0] * num_layers > budget:
         raise SortingError(f"a budget of {budget} neurons, the narrowest widths come to {ascending[0] * num_layers}")
-    lost = [[float(row[width:].sum()) for width in ascending] for row in importance.double()]
-    steps = []  # (loss per neuron saved, layer, from, to)
-    for layer, losses in enumerate(lost):
-        hull = _lower_hull(ascending, losses)
-        for narrow, wide in pairwise(hull):
-            price = (losses[narrow] - losses[wide]) / (ascending[wide] - ascending[narrow])
-            steps.append((price, layer, narrow))
+    steps = []  # (loss per neuron saved, layer, wider level, level)
+    for layer, row in enumerate(losses):
+        for narrow, wide in pairwise(_lower_hull(ascending, row)):
+            price = (row[narrow] - row[wide]) / (ascending[wide] - ascending[narrow])
+            steps.append((price, layer, -wide, narrow))
     chosen = [len(ascending) - 1] * num_layers
     total = ascending[-1] * num_layers
-    for _, layer, narrow in sorted(steps):
+    for _, layer, _, narrow in sorted(steps):
         if total <= budget:
             break
         total -= ascending[chosen[layer]] - ascending[narrow]
         chosen[layer] = narrow
-    _spend(lost, ascending, chosen, budget - total)
+    _spend(losses, ascending, chosen, budget - total)
     return SubModel.make(num_layers, [ascending[level] for level in chosen])
 
 
@@ -67,7 +89,7 @@ def uniform(shape: ModelShape, budget: int) -> SubModel:
     return SubModel.make(shape.num_layers, min(width, shape.ffn_width))
 
 
-def _spend(lost: list[list[float]], ascending: Sequence[int], chosen: list[int], left: int) -> None:
+def _spend(lost: Sequence[Sequence[float]], ascending: Sequence[int], chosen: list[int], left: int) -> None:
     """The last step may have saved more than was needed: raise what fits into the rest and helps most."""
     while True:
         gains = []
