@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 
 from sortserve.engine.errors import SortingError
@@ -58,7 +59,7 @@ def gsm8k(path: Path, count: int) -> Task:
         except (KeyError, IndexError) as error:
             raise SortingError(f"{path} line {number} has no question with an answer after ####") from error
         wanted = _last_number(answer)
-        questions.append(Question(question, lambda text, wanted=wanted: _last_number(text) == wanted))
+        questions.append(Question(question, partial(_ends_in, wanted)))
     return Task("gsm8k", tuple(questions), 320)
 
 
@@ -70,7 +71,7 @@ def humaneval(path: Path, count: int) -> Task:
             prompt, check = str(row["prompt"]), f"{row['test']}\ncheck({row['entry_point']})\n"
         except KeyError as error:
             raise SortingError(f"{path} line {number} is no HumanEval problem: it lacks {error}") from error
-        questions.append(Question(prompt, lambda text, prompt=prompt, check=check: runs(f"{prompt}{text}\n{check}")))
+        questions.append(Question(prompt, partial(_passes, prompt, check)))
     return Task("humaneval", tuple(questions), 256, _STOPS, is_chat=False)
 
 
@@ -126,12 +127,20 @@ def runs(program: str) -> bool:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 timeout=2 * _PROGRAM_SECONDS,
-                preexec_fn=_limit,  # noqa: PLW1509 - only sets limits; nothing here runs other threads' locks
+                preexec_fn=_limit,
                 start_new_session=True,
             )
         except subprocess.TimeoutExpired:
             return False
         return finished.returncode == 0
+
+
+def _ends_in(wanted: Decimal | None, text: str) -> bool:
+    return _last_number(text) == wanted
+
+
+def _passes(prompt: str, check: str, text: str) -> bool:
+    return runs(f"{prompt}{text}\n{check}")
 
 
 def _limit() -> None:

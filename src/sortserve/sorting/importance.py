@@ -2,13 +2,15 @@
 
 One pass forward and back over calibration text. Next tokens are drawn from the model's own distribution, so the mean
 square of (activation x its gradient) is the diagonal of the Fisher information along each neuron: to second order, twice
-the KL divergence from the full model that leaving the neuron out costs. No labels are needed, and figures of
-different layers compare with one another, which norms of weights and activations do not.
+the KL divergence from the full model that leaving the neuron out costs. No labels are needed.
 
-`by_activation` needs no gradients: root mean square of the activation times the norm of its column of `down`.
+The order is by its product with the energy that the neuron adds to the residual stream (mean square of the activation x
+square of the norm of its column of `down`), which is known with less noise. On the 0.5B model, KL at 3/4 and at half
+width, the mean of books, GSM8K and HumanEval, in nats: the product 0.25 and 0.81, Fisher alone 0.25 and 0.85, energy alone
+0.28 and 0.85, norms of columns without any text 0.49 and 1.16.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.texts import Batch
 
-Progress = Callable[[str], None]
+_LEAST = 1e-30  # of a neuron that never fires, before its logarithm
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Importance:
 
     def order(self) -> list[Tensor]:
         """Neurons of each layer, most important first."""
-        return [scores.argsort(descending=True, stable=True) for scores in self.fisher]
+        both = self.fisher.clamp_min(_LEAST).log() + 2 * self.activation.clamp_min(_LEAST).log()
+        return [scores.argsort(descending=True, stable=True) for scores in both]
 
     def sorted_by(self, order: Sequence[Tensor]) -> "Importance":
         """The same figures after the neurons were permuted."""
@@ -54,7 +57,7 @@ def measure_importance(decoder: Decoder, data: Iterable[Batch], seed: int = 0) -
             def back(gradient: Tensor) -> None:
                 fisher[layer] += (inner.detach()[real].float() * gradient[real].float()).square().sum(0)
 
-            inner.register_hook(back)
+            inner.register_hook(back)  # type: ignore[no-untyped-call]
             return inner
 
         with torch.enable_grad():
@@ -68,10 +71,9 @@ def measure_importance(decoder: Decoder, data: Iterable[Batch], seed: int = 0) -
 
 
 def _drawn_loss(decoder: Decoder, hidden: Tensor, generator: torch.Generator, rows: int = 256) -> Tensor:
-    """Sum of the losses of tokens drawn from the model itself. Its gradient by the hidden states is worked out a few
-    rows at a time, so that the vocabulary's logits never stand for all tokens at once."""
+    """A number with the gradient, by the hidden states, of the sum of losses of tokens drawn from the model itself. It is
+    worked out a few rows at a time, so that the vocabulary's logits never stand for all tokens at once."""
     gradients = torch.empty_like(hidden)
-    total = 0.0
     for start in range(0, hidden.shape[0], rows):
         part = hidden[start : start + rows].detach().requires_grad_()
         logits = decoder.logits(part)
@@ -81,11 +83,4 @@ def _drawn_loss(decoder: Decoder, hidden: Tensor, generator: torch.Generator, ro
         loss.backward()  # type: ignore[no-untyped-call]
         assert part.grad is not None
         gradients[start : start + rows] = part.grad
-        total += float(loss.detach())
-    # the value is the loss, the gradient is that of the sum above
-    return (hidden * gradients).sum() + (total - float((hidden.detach() * gradients).sum()))
-
-
-def by_weights(decoder: Decoder) -> Tensor:
-    """Importance without data, [layers, width]: the norm of each neuron's column of `down`."""
-    return torch.stack([layer.down.float().norm(dim=0) for layer in decoder.layers])
+    return (hidden * gradients).sum()

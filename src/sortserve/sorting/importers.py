@@ -144,7 +144,7 @@ def _exits(text: str) -> list[int]:
 
 
 def _slice(number: int, row: Mapping[str, Any], shape: ModelShape) -> Imported:
-    cells = {re.sub(r"[^a-z]", "", str(key).lower()): value for key, value in row.items() if key is not None}
+    cells = {re.sub(r"[^a-z]", "", str(key).lower()): value for key, value in row.items()}
     skipped = _numbers(cells.get("layersskipped", cells.get("skippedlayers")))
     widths = _numbers(next(cells[key] for key in ("ffnhiddendims", "ffnwidths", "ffnhiddendim") if key in cells))
     wrong = [layer for layer in skipped if not 0 <= layer < shape.num_layers]

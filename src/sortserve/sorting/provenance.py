@@ -29,7 +29,7 @@ def measured(domains: Sequence[Domain], *, quality: str, seconds: float) -> Meas
         data_sha256={domain.name: domain.digest for domain in domains},
         versions={
             "sortserve": sortserve.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "tokenizers": tokenizers.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),

@@ -88,8 +88,12 @@ def evolve(
     fitness: Fitness,
     settings: Settings,
     progress: Callable[[str], None] | None = None,
+    adopted: Callable[[SubModel], None] | None = None,
 ) -> Found:
-    """Search from the best of `starts`, which should have one budget. Raises SortingError without starts."""
+    """Search from the best of `starts`, which should have one budget; `adopted` hears of every new parent.
+
+    Raises SortingError without starts.
+    """
     if not starts:
         raise SortingError("a search needs at least one sub-model to start from")
     rng = random.Random(settings.seed)
@@ -109,6 +113,8 @@ def evolve(
     budget = space.neurons(parent)
     seen = {parent}
     generation = 0
+    if adopted is not None:
+        adopted(space.submodel(parent))
     while generation < settings.generations and time.monotonic() < ends:
         offspring = _offspring(space, parent, budget, settings, rng, seen)
         if not offspring:
@@ -117,10 +123,12 @@ def evolve(
             if len(offspring) > survivors:
                 ranked = sorted((evaluate(child, round_number), place) for place, child in enumerate(offspring))
                 offspring = [offspring[place] for _, place in ranked[:survivors]]
-        for child in offspring:
-            child_fitness = evaluate(child, last_round)
-            if child_fitness < parent_fitness:
-                parent, parent_fitness = child, child_fitness
+        finals = [(evaluate(child, last_round), place) for place, child in enumerate(offspring)]
+        child_fitness, place = min(finals)
+        if child_fitness < parent_fitness:
+            parent, parent_fitness = offspring[place], child_fitness
+            if adopted is not None:
+                adopted(space.submodel(parent))
         generation += 1
         if progress is not None:
             progress(f"generation {generation} of {settings.generations}: KL {parent_fitness:.4f}")

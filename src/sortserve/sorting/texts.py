@@ -139,6 +139,18 @@ def batches(domain: Domain, most_tokens: int) -> Iterator[Batch]:
         yield Batch(tokens, scored, is_prompt, tuple(chosen))
 
 
+def mixed_batches(domains: Sequence[Domain], tokens_each: int, count: int) -> list[Batch]:
+    """At most `count` batches of one text per domain, cut to `tokens_each`; all their tokens but the first are scored,
+    prompts too: the full model is the judge here, not the text. The longest texts come first."""
+    ordered = [sorted(domain.texts, key=lambda text: -len(text.tokens)) for domain in domains]
+    found = []
+    for number in range(min(count, max(map(len, ordered)))):
+        cut = [texts[number].tokens[:tokens_each] for texts in ordered if number < len(texts)]
+        texts = tuple(Text(tokens, 1) for tokens in cut)
+        found += list(batches(Domain("mixed", texts), len(texts) * tokens_each))
+    return found
+
+
 def read_samples(path: Path, most_chars: int, seed: int = 0) -> Iterator[Sample]:
     """Samples of a file, or of all files of a folder by name. A long text gives one piece per file of a folder, several
     spread ones if it is alone. Raises SortingError."""
