@@ -158,7 +158,7 @@ def test_the_profile_narrows_one_layer_at_a_time(toy: Decoder, toy_domains: list
 
 def test_levels_are_multiples_of_128_where_that_is_fine_enough() -> None:
     wide = ModelShape(24, 896, 4864, 14, 2, 64, 1000)
-    assert widths.levels(wide, (0.25, 0.5, 0.75)) == (1280, 2432, 3712, 4864)
+    assert widths.levels(wide, (0.25, 0.5, 0.75)) == (1280, 2432, 3584, 4864)
     assert widths.levels(SHAPE, (0.0, 0.25)) == (0, 16, 64)
     with pytest.raises(SortingError, match="1 to 4"):
         widths.levels(wide, (0.2, 0.4, 0.6, 0.8))

@@ -146,7 +146,10 @@ def _exits(text: str) -> list[int]:
 def _slice(number: int, row: Mapping[str, Any], shape: ModelShape) -> Imported:
     cells = {re.sub(r"[^a-z]", "", str(key).lower()): value for key, value in row.items()}
     skipped = _numbers(cells.get("layersskipped", cells.get("skippedlayers")))
-    widths = _numbers(next(cells[key] for key in ("ffnhiddendims", "ffnwidths", "ffnhiddendim") if key in cells))
+    named = [cells[key] for key in ("ffnhiddendims", "ffnhiddendim", "ffnwidths") if key in cells]
+    if not named:
+        raise ValueError(f"row {number} has no FFN Hidden Dims")
+    widths = _numbers(named[0])
     wrong = [layer for layer in skipped if not 0 <= layer < shape.num_layers]
     if wrong:
         raise ValueError(f"row {number} skips layer {wrong[0]}, must be in [0, {shape.num_layers})")

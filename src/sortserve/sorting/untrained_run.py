@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sortserve.engine.errors import SortingError
+from sortserve.engine.ladder import Ladder
 from sortserve.engine.submodel import ModelShape, SubModel
 from sortserve.engine.text import Tokenizer
 from sortserve.sorting import layer_drop, widths
@@ -76,6 +77,7 @@ def sort_untrained(plan: Plan, progress: Progress) -> Measurement:
         until=started + SEARCH_SHARE * plan.seconds,
         progress=progress,
     )
+    candidates += exits_of(plan.model, decoder.config.shape)
     progress(f"searched; measuring {len(candidates)} sub-models")
     found = measure(decoder, held_out, candidates, pairs=plan.pairs, progress=progress)
     with new_folder(plan.out, needed_bytes=folder_bytes(plan.model)) as folder:
@@ -83,6 +85,19 @@ def sort_untrained(plan: Plan, progress: Progress) -> Measurement:
         found.write(folder / "ladder.json", f"{plan.out.name}: quality against cost")
     progress(f"written, {time.monotonic() - started:.0f} s in all")
     return found
+
+
+def exits_of(model: Path, shape: ModelShape) -> list[Candidate]:
+    """What the model's own ladder offers at full width, such as trained exits. Its narrower entries meant other neurons."""
+    path = model / "ladder.json"
+    if not path.is_file():
+        return []
+    entries = Ladder.load(path, shape).entries
+    return [
+        Candidate(entry.submodel, entry.method, entry.id)
+        for entry in entries
+        if set(entry.submodel.widths) <= {0, shape.ffn_width}
+    ]
 
 
 def find_candidates(
