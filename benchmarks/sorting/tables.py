@@ -52,8 +52,9 @@ def main() -> None:
     )
     for stage in asked.stages.split(","):
         started = time.monotonic()
+        figures: dict[str, object] = {}
         if stage == "widths":
-            rows, figures = width_rows(asked.model, decoder.config.shape), {}
+            rows = width_rows(asked.model, decoder.config.shape)
         else:
             calibration = load_domains(
                 asked.calibration or built_in("calibration"), tokenizer, window=256, tokens=768, seed=asked.seed

@@ -70,12 +70,20 @@ def test_a_failure_on_the_way_leaves_what_was_there(tmp_path: Path, error: BaseE
     wanted.mkdir()
     (wanted / "old").write_text("old")
     expected = SortingError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), new_folder(wanted, replace=True) as folder:
-        (folder / "new").write_text("half")
-        raise error
-    with pytest.raises(expected), new_file(wanted / "old") as path:
-        path.write_text("half")
-        raise error
+
+    def write_a_folder() -> None:
+        with new_folder(wanted, replace=True) as folder:
+            (folder / "new").write_text("half")
+            raise error
+
+    def write_a_file() -> None:
+        with new_file(wanted / "old") as path:
+            path.write_text("half")
+            raise error
+
+    for write in (write_a_folder, write_a_file):
+        with pytest.raises(expected):
+            write()
     assert files(tmp_path) == {"model/old": b"old"}
 
 

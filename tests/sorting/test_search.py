@@ -56,7 +56,7 @@ def test_the_best_of_all_is_found_on_a_model(toy: Decoder, toy_domains: list[Dom
     found = evolve(Space((0, 64), 6), [worst], lambda s, _: fitness(s), Settings(12, 6, (3,)), adopted=fitness.rebase)
     assert found.submodel == min(every, key=values.__getitem__)
     assert found.fitness == pytest.approx(min(values.values()), rel=1e-3)
-    assert found.start_fitness == (pytest.approx(values[worst], rel=1e-3),)
+    assert list(found.start_fitness) == pytest.approx([values[worst]], rel=1e-3)
 
 
 def test_no_worse_than_any_start_even_without_a_generation_that_helps() -> None:

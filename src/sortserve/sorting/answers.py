@@ -26,8 +26,8 @@ from sortserve.sorting.texts import read_rows
 
 Progress = Callable[[str], None]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_PROGRAM_SECONDS = 10
-_PROGRAM_BYTES = 1 << 30
+PROGRAM_SECONDS = 10
+PROGRAM_BYTES = 1 << 30
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```")
 
 
@@ -126,7 +126,7 @@ def runs(program: str) -> bool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                timeout=2 * _PROGRAM_SECONDS,
+                timeout=2 * PROGRAM_SECONDS,
                 preexec_fn=_limit,
                 start_new_session=True,
             )
@@ -145,8 +145,8 @@ def _passes(prompt: str, check: str, text: str) -> bool:
 
 def _limit() -> None:
     for what, value in (
-        (resource.RLIMIT_CPU, _PROGRAM_SECONDS),
-        (resource.RLIMIT_AS, _PROGRAM_BYTES),
+        (resource.RLIMIT_CPU, PROGRAM_SECONDS),
+        (resource.RLIMIT_AS, PROGRAM_BYTES),
         (resource.RLIMIT_FSIZE, 1 << 20),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
