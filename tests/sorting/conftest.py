@@ -1,5 +1,6 @@
 """Toy models on one thread."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,13 @@ from sortserve.sorting.texts import Domain, Text
 from tests.engine.tiny_models import make_tiny
 
 
-@pytest.fixture(autouse=True)
-def _on_one_thread(one_thread: None) -> None:
-    """`one_thread`, without asking."""
+@pytest.fixture(autouse=True, scope="session")
+def _on_one_thread() -> Iterator[None]:
+    """Tiny matrices: a second thread costs more than it gives, and fixtures of modules compute, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,14 @@ import pytest
 from sortserve.__main__ import main
 from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
-from sortserve.engine.ladder import Ladder
+from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.llm import LLM
 from sortserve.engine.sampling import SamplingParams
+from sortserve.engine.submodel import SubModel
 from sortserve.server.cli import BUNDLED
 from sortserve.sorting import untrained
 from sortserve.sorting.quality import not_monotone
+from sortserve.sorting.untrained_run import exits_of
 
 SHORT = ["--minutes", "0.05", "--calibration-tokens", "120", "--tokens", "60", "--window", "96"]
 METHODS = ["--methods", "widths,evopress,uls,llm-drop,lim,zd", "--drop", "25", "--budgets", "70"]
@@ -60,7 +62,17 @@ def test_the_ladder_is_measured_and_rises(sorted_folder: Path) -> None:
     assert set(measured.data_sha256) == {"dialogue", "maths", "prose", "code"}
     assert measured.versions["sortserve"]
     assert all(set(entry.domains) == set(measured.data_sha256) for entry in ladder.entries)
-    assert 2 in ladder.exits, "the trained exits of the model's own ladder are still offered"
+    assert ladder.pairs == () or {pair.answer for pair in ladder.pairs} <= {entry.id for entry in ladder.entries}
+
+
+def test_trained_exits_stay_candidates(tmp_path: Path) -> None:
+    """Not the narrow entries: they meant the first neurons of an order that is no more."""
+    shape = load_model_config(BUNDLED).shape
+    entries = [Entry("d2", SubModel.make(2, 512)), Entry("d4-w50", SubModel.make(4, 256))]
+    entries.append(Entry("mine", SubModel.make(8, 512, [3], [5])))
+    Ladder.of(shape, entries).dump(tmp_path / "ladder.json")
+    assert [one.id for one in exits_of(tmp_path, shape)] == ["d2", "mine", "d8"]
+    assert exits_of(tmp_path / "nowhere", shape) == []
 
 
 def test_serving_takes_the_folder(sorted_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

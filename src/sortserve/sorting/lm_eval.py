@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder_file import Score
 
 Progress = Callable[[str], None]
 _READY_SECONDS = 600.0
+_MAX_MODEL_LEN = 2048
 _METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1")  # the first that a task has is its score
 
 
@@ -42,20 +44,21 @@ class LmEval:
     ) -> dict[str, dict[str, Score]]:
         """Scores by sub-model and task. Raises SortingError if the server or the harness fails."""
         found = {}
-        with _serving(folder, ladder, self.dtype) as url:
+        longest = min(_MAX_MODEL_LEN, load_model_config(folder).max_context)
+        with _serving(folder, ladder, self.dtype, longest) as url:
             for name in ids:
-                found[name] = self._run(url, folder, name)
+                found[name] = self._run(url, folder, name, longest)
                 if progress is not None:
                     told = ", ".join(f"{task} {score.value:.3f}" for task, score in found[name].items())
                     progress(f"lm-eval {name}: {told}")
         return found
 
-    def _run(self, url: str, folder: Path, name: str) -> dict[str, Score]:
+    def _run(self, url: str, folder: Path, name: str, longest: int) -> dict[str, Score]:
         arguments = {
             "model": f"sorted:{name}",
             "base_url": f"{url}/v1/completions",
             "num_concurrent": "4",
-            "max_length": "2048",
+            "max_length": str(longest),
             "tokenizer_backend": "huggingface",
             "tokenizer": str(folder.absolute()),
         }
@@ -96,10 +99,10 @@ def read_results(report: Mapping[str, Any]) -> dict[str, Score]:
 
 
 @contextmanager
-def _serving(folder: Path, ladder: Path, dtype: str) -> Iterator[str]:
+def _serving(folder: Path, ladder: Path, dtype: str, longest: int) -> Iterator[str]:
     """The address of a server of this folder and ladder, ready; ended with the block."""
     command = [sys.executable, "-m", "sortserve", "serve", str(folder), "--ladder", str(ladder), "--port", "0"]
-    command += ["--served-model-name", "sorted", "--dtype", dtype, "--max-model-len", "2048"]
+    command += ["--served-model-name", "sorted", "--dtype", dtype, "--max-model-len", str(longest)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines: list[str] = []

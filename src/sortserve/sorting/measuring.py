@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.ladder_file import Score
 from sortserve.engine.llm import LLM
@@ -23,6 +24,7 @@ from sortserve.sorting.texts import Domain
 from sortserve.sorting.timing import token_milliseconds
 
 Progress = Callable[[str], None]
+MAX_MODEL_LEN = 2048  # of questions with their answers
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def _measure_extras(
         scores: dict[str, dict[str, Score]] = {str(result.id): {} for result in results}
         times: dict[str, float] = {}
         if extras.tasks or extras.time_tokens:
-            llm = LLM(folder, ladder_path=path, dtype=extras.dtype, max_model_len=2048)
+            longest = min(MAX_MODEL_LEN, load_model_config(folder).max_context)
+            llm = LLM(folder, ladder_path=path, dtype=extras.dtype, max_model_len=longest)
             if extras.time_tokens:
                 times = token_milliseconds(llm, list(scores))
             for task in extras.tasks:
