@@ -14,6 +14,8 @@ from sortserve.engine.errors import LadderError, NotFoundError
 from sortserve.engine.ladder_file import Figures, Measured, Pair, Quality, Score
 from sortserve.engine.submodel import Cost, ModelShape, SubModel
 
+__all__ = ["Entry", "Figures", "Ladder", "Measured", "Pair", "Quality", "Score"]
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
