@@ -218,4 +218,6 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
 
 def _module(path: Path) -> str:
     """The name that `python -m` was given."""
-    return "benchmarks" if path.stem == "__main__" else f"benchmarks.{path.stem}"
+    parts = path.resolve().with_suffix("").parts
+    inside = parts[len(parts) - parts[::-1].index("benchmarks") :] if "benchmarks" in parts else (path.stem,)
+    return ".".join(["benchmarks", *(part for part in inside if part != "__main__")])

@@ -13,13 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from benchmarks.common import report
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.submodel import ModelShape, SubModel
 from sortserve.engine.text import Tokenizer
-from sortserve.sorting import layer_drop, widths
+from sortserve.sorting import layer_drop
 from sortserve.sorting.compare import Sums, Variant, compare
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.fitness import KLFitness
@@ -71,12 +69,8 @@ def width_rows(model: Path, shape: ModelShape) -> list[Row]:
         if entry.method != "widths":
             continue
         own = entry.submodel.cost(shape).weight_bytes
-        step = widths.STEP if shape.ffn_width >= 4 * widths.STEP else 1
-        even = next(
-            one
-            for width in range(step, shape.ffn_width + step, step)
-            if (one := SubModel.make(shape.num_layers, min(width, shape.ffn_width))).cost(shape).weight_bytes >= own
-        )
+        evens = (SubModel.make(shape.num_layers, width) for width in range(1, shape.ffn_width + 1))
+        even = next(one for one in evens if one.cost(shape).weight_bytes >= own)
         # as many layers as may go while no fewer bytes than the entry's are read
         fewer = full
         for keep in range(shape.num_layers, 1, -1):
@@ -191,5 +185,4 @@ def _checks(stage: str, named: Sequence[Row], results: Sequence[dict[str, Sums]]
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

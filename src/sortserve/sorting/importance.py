@@ -78,7 +78,10 @@ def _drawn_loss(decoder: Decoder, hidden: Tensor, generator: torch.Generator, ro
         part = hidden[start : start + rows].detach().requires_grad_()
         logits = decoder.logits(part)
         with torch.no_grad():
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            # by inverting the distribution: torch.multinomial takes 3.6 ms a row of 150k tokens, as long as all layers
+            below = logits.softmax(-1).cumsum(-1)
+            where = below[:, -1:] * torch.rand(len(part), 1, generator=generator)
+            drawn = torch.searchsorted(below, where)[:, 0].clamp_max(below.shape[1] - 1)
         loss = F.cross_entropy(logits, drawn, reduction="sum")
         loss.backward()  # type: ignore[no-untyped-call]
         assert part.grad is not None

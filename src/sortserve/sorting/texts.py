@@ -26,7 +26,7 @@ from sortserve.engine.text import Tokenizer
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
 _CHARS_PER_TOKEN = 8  # more than any tokenizer needs on average, so that a cut text still fills its window
 _CALCULATOR = re.compile(r"<<[^>]*>>")  # GSM8K's annotations, which no reader ever sees
-BUILT_IN = Path(__file__).parent / "texts"
+BUILT_IN = Path(__file__).parent / "text_files"
 _CODE = {"calibration": "engine", "held_out": "server"}
 
 
@@ -116,7 +116,7 @@ def load_domains(
 
 def built_in(kind: str) -> list[str]:
     """Sources of the texts that come with the package, `calibration` or `held_out`: prose, maths and dialogue from
-    files (texts/README.md tells whose), and as code the package's own."""
+    files (text_files/README.md tells whose), and as code the package's own."""
     files = [f"{path.name.split('.')[0]}={path}" for path in sorted((BUILT_IN / kind).iterdir()) if _suffix(path)]
     return [*files, f"code={BUILT_IN.parent.parent / _CODE[kind]}"]
 
