@@ -156,7 +156,7 @@ def test_measuring_with_tasks_times_and_a_harness(
         assert entry.token_ms is not None
     assert found.entries[0].degraded, "0.2 is under half of 0.5"
     assert not found.entries[-1].degraded
-    assert "arc 0.200 [0.004, 0.396]" in capsys.readouterr().out
+    assert "arc 0.200 [0.046, 0.567]" in capsys.readouterr().out
     assert (tmp_path / "out.svg").is_file()
 
 

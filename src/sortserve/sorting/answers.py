@@ -99,8 +99,9 @@ def score(llm: LLM, submodel_id: str, task: Task, progress: Progress | None = No
     return wilson(right, len(prompts))
 
 
-def wilson(right: int, count: int) -> Score:
-    """right / count with its 95 % Wilson score interval, which holds for small counts and near 0 and 1 too."""
+def wilson(right: float, count: int) -> Score:
+    """right / count with its 95 % Wilson score interval, which holds for small counts and near 0 and 1 too. For points
+    between 0 and 1 per question it is wider than need be, never narrower."""
     if count < 1:
         raise SortingError("a score needs at least one question")
     z = 1.959964

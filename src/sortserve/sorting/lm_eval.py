@@ -22,6 +22,7 @@ from typing import Any
 from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder_file import Score
+from sortserve.sorting.answers import wilson
 
 Progress = Callable[[str], None]
 _READY_SECONDS = 600.0
@@ -81,7 +82,7 @@ class LmEval:
 
 
 def read_results(report: Mapping[str, Any]) -> dict[str, Score]:
-    """Task -> score of a harness report: the first known metric, with the interval of its standard error.
+    """Task -> score of a harness report: the first known metric, with an interval by the number of questions.
 
     Raises SortingError for a task that has none in [0, 1], such as a perplexity.
     """
@@ -91,10 +92,9 @@ def read_results(report: Mapping[str, Any]) -> dict[str, Score]:
         metric = next((name for name in _METRICS if name in by_name), None)
         if metric is None or not 0 <= by_name[metric] <= 1:
             raise SortingError(f"task {task} reports {', '.join(by_name)}: none of {', '.join(_METRICS)}")
-        value, error = by_name[metric], by_name.get(f"{metric}_stderr", 0.0)
-        count = report.get("n-samples", {}).get(task, {}).get("effective", int(by_name.get("sample_len", 0)))
-        low, high = max(0.0, value - 1.959964 * error), min(1.0, value + 1.959964 * error)
-        found[task] = Score(round(value, 6), round(low, 6), round(high, 6), int(count))
+        count = int(report.get("n-samples", {}).get(task, {}).get("effective", by_name.get("sample_len", 0)))
+        # the harness's standard error is 0 where all or no answers are right, however few there were
+        found[task] = wilson(by_name[metric] * count, count)
     return found
 
 
