@@ -11,8 +11,9 @@ from scipy.stats import binomtest
 from sortserve.engine.errors import SortingError
 from sortserve.engine.llm import LLM
 from sortserve.server.cli import BUNDLED
-from sortserve.sorting.answers import Question, Task, gsm8k, humaneval, runs, score, tasks, wilson
+from sortserve.sorting.answers import Question, Task, gsm8k, humaneval, score, tasks, wilson
 from sortserve.sorting.lm_eval import read_results
+from sortserve.sorting.sandbox import runs
 
 PROBLEM = {
     "prompt": "def twice(x):\n",
@@ -75,7 +76,7 @@ def test_programs_stay_in_a_folder_that_goes_away(tmp_path: Path) -> None:
 
 
 def test_a_program_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sortserve.sorting.answers.PROGRAM_SECONDS", 1)
+    monkeypatch.setattr("sortserve.sorting.sandbox.PROGRAM_SECONDS", 1)
     assert not runs("while True: pass\n")
     assert not runs("import time\ntime.sleep(60)\n")
 

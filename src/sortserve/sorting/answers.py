@@ -1,17 +1,10 @@
 """Task scores by generation: GSM8K and HumanEval on the engine itself, sub-model by sub-model, with intervals.
 
 Greedy answers, all questions of a sub-model in one batch, pinned to it. GSM8K: the last number of the answer is compared
-with the one after `####`. HumanEval runs code that the model wrote, so it is asked for by name and each program runs in a
-process of its own: isolated interpreter, an empty folder, limits on processor time, memory, files and processes, no
-environment, and no network where the system lets an ordinary user leave it. That stops accidents, not an attacker.
+with the one after `####`. HumanEval runs code that the model wrote (see `sandbox`), so it must be asked for.
 """
 
 import re
-import resource
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -22,12 +15,11 @@ from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder_file import Score
 from sortserve.engine.llm import LLM
 from sortserve.engine.sampling import SamplingParams
+from sortserve.sorting.sandbox import runs
 from sortserve.sorting.texts import read_rows
 
 Progress = Callable[[str], None]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-PROGRAM_SECONDS = 10
-PROGRAM_BYTES = 1 << 30
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif __name__", "\nprint(", "\n```")
 
 
@@ -112,54 +104,12 @@ def wilson(right: float, count: int) -> Score:
     return Score(round(share, 6), round(low, 6), round(high, 6), count)
 
 
-def runs(program: str) -> bool:
-    """Whether the program ends without an error, in a process of its own with narrow limits."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "program.py").write_text(program, encoding="utf-8", errors="replace")
-        command = [sys.executable, "-I", "-S", "program.py"]
-        if _can_leave_network():
-            command = ["unshare", "--user", "--net", "--", *command]
-        try:
-            finished = subprocess.run(
-                command,
-                cwd=folder,
-                env={"PATH": "/usr/bin:/bin", "HOME": folder},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=2 * PROGRAM_SECONDS,
-                preexec_fn=_limit,
-                start_new_session=True,
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        return finished.returncode == 0
-
-
 def _ends_in(wanted: Decimal | None, text: str) -> bool:
     return _last_number(text) == wanted
 
 
 def _passes(prompt: str, check: str, text: str) -> bool:
     return runs(f"{prompt}{text}\n{check}")
-
-
-def _limit() -> None:
-    for what, value in (
-        (resource.RLIMIT_CPU, PROGRAM_SECONDS),
-        (resource.RLIMIT_AS, PROGRAM_BYTES),
-        (resource.RLIMIT_FSIZE, 1 << 20),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(what, (value, value))
-
-
-def _can_leave_network() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    tried = subprocess.run(["unshare", "--user", "--net", "--", "true"], capture_output=True)
-    return tried.returncode == 0
 
 
 def _last_number(text: str) -> Decimal | None:
