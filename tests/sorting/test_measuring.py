@@ -162,6 +162,14 @@ def test_dominance_and_monotony(points: list[tuple[int, int]]) -> None:
     assert not_monotone(everything) == worse
 
 
+def test_no_degraded_entry_above_a_sound_one() -> None:
+    """`auto` may choose anything above the smallest sound entry."""
+    bad = [Entry(f"w{width}", SubModel.make(6, width), Quality(width / 100), True) for width in (8, 40)]
+    sound = Entry("w20", SubModel.make(6, 20), Quality(0.3))
+    kept = drop_dominated(SHAPE, [*bad, sound, Entry("d6", FULL, Quality(1.0))])
+    assert [entry.id for entry in kept] == ["w8", "w20", "d6"]
+
+
 def test_measuring_a_model_from_candidates_to_a_file(toy: Decoder, toy_domains: list[Domain], tmp_path: Path) -> None:
     bad = SubModel.make(6, [1, 64, 64, 64, 64, 64])
     candidates = [Candidate(SubModel.make(6, 60)), Candidate(SubModel.make(6, 48), "widths"), Candidate(bad, "widths")]

@@ -113,18 +113,20 @@ def build_ladder(
 
 
 def drop_dominated(shape: ModelShape, entries: Sequence[Entry]) -> list[Entry]:
-    """Without the entries that another one, no costlier, equals or beats in quality. The full model always stays. What is
+    """Without the entries that another one, no costlier, equals or beats in quality, and without degraded ones that cost as
+    much as a sound one: a default floor is the smallest sound entry, and all above it may be chosen. The full model always stays. What is
     left rises in quality with cost, but that a sub-model may be as good as the full one."""
     whole = SubModel.full(shape)
     costs = {entry.id: entry.submodel.cost(shape) for entry in entries}
     # of equal cost the better first; a tie of both keeps the deeper, as `Ladder` orders them
     order = sorted(entries, key=lambda entry: (costs[entry.id], -_value(entry), -entry.submodel.depth))
     kept: list[Entry] = []
-    best = -1.0
+    best, sound = -1.0, False  # sound: something cheaper is not degraded
     for entry in order:
-        if entry.submodel == whole or _value(entry) > best:
+        if entry.submodel == whole or (_value(entry) > best and not (entry.degraded and sound)):
             kept.append(entry)
             best = max(best, _value(entry))
+            sound = sound or not entry.degraded
     return kept
 
 
