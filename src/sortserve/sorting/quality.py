@@ -114,8 +114,8 @@ def build_ladder(
 
 def drop_dominated(shape: ModelShape, entries: Sequence[Entry]) -> list[Entry]:
     """Without the entries that another one, no costlier, equals or beats in quality, and without degraded ones that cost as
-    much as a sound one: a default floor is the smallest sound entry, and all above it may be chosen. The full model always stays. What is
-    left rises in quality with cost, but that a sub-model may be as good as the full one."""
+    much as a sound one: a default floor is the smallest sound entry, and all above it may be chosen. The full model
+    always stays. What is left rises in quality with cost, but that a sub-model may be as good as the full one."""
     whole = SubModel.full(shape)
     costs = {entry.id: entry.submodel.cost(shape) for entry in entries}
     # of equal cost the better first; a tie of both keeps the deeper, as `Ladder` orders them
