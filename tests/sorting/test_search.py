@@ -137,6 +137,11 @@ def test_allocation_against_brute_force(seed: int, budget: int) -> None:
     assert lost(tuple(levels.index(width) for width in found.widths)) == pytest.approx(min(map(lost, every)))
 
 
+def test_what_a_big_step_saved_too_much_is_spent() -> None:
+    """Half width is above the hull, so the step goes past it; the budget has room for it all the same."""
+    assert widths.allocate([[0.5, 0.45, 0.0]], (16, 32, 64), 40).widths == (32,)
+
+
 def test_allocation_refuses_what_cannot_be() -> None:
     with pytest.raises(SortingError, match=r"budget of 50 .* 64"):
         widths.allocate([[1.0, 0.0]] * 4, (16, 64), 50)
