@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sortserve.engine.errors import LadderError, NotFoundError
-from sortserve.engine.ladder import Entry, Ladder, Measured, Quality
+from sortserve.engine.ladder import Entry, Figures, Ladder, Measured, Pair, Quality, Score
+from sortserve.engine.ladder_file import Estimate
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.submodel import ModelShape, SubModel
 from tests.engine.small import SHAPE, small_ladder
@@ -33,6 +34,25 @@ def ladders(draw: st.DrawFn) -> Ladder:
     return Ladder.of(SHAPE, entries, measured)
 
 
+FIGURES = Figures(Estimate(2.5, 2.0, 3.0), Estimate(0.5, 0.25, 0.75), Estimate(0.125, 0.0, 0.5), 7)
+
+
+def test_what_was_measured_is_kept(tmp_path: Path) -> None:
+    entries = [
+        Entry(
+            "narrow", SubModel.make(6, 32), Quality(0.5), True, {"books": FIGURES}, {"gsm8k": Score(0.5, 0, 1, 9)}, 1.5
+        ),
+        Entry("dropped", SubModel.make(6, 64, [2], [4]), Quality(0.75), method="evopress"),
+    ]
+    measured = Measured(
+        "loss", "books", "command", 7, "loss", {"books": "00ff"}, {"torch": "2"}, "a machine", "2026-11-26", 2.5
+    )
+    ladder = Ladder.of(SHAPE, entries, measured, [Pair("narrow", "d6", {"books": FIGURES})])
+    ladder.dump(tmp_path / "ladder.json")
+    assert Ladder.load(tmp_path / "ladder.json", SHAPE) == ladder
+    assert hash(ladder.entries[0]) == hash(ladder.entries[0])
+
+
 def file_of(**changed: Any) -> dict[str, Any]:
     entries = [{"depth": 6, "width": 64}, {"depth": 3, "width": 32}]
     known = {"format": "sortserve-ladder", "version": 1, "num_layers": 6, "ffn_width": 64, "entries": entries}
@@ -52,7 +72,7 @@ def test_what_is_dumped_is_loaded(tmp_path: Path, ladder: Ladder) -> None:
     ladder.dump(path)
     assert Ladder.load(path, SHAPE) == ladder
     content = json.loads(path.read_text())
-    assert (content["format"], content["version"]) == ("sortserve-ladder", 1)
+    assert (content["format"], content["version"]) == ("sortserve-ladder", 2)
 
 
 @given(ladders())
@@ -93,8 +113,14 @@ def test_names_that_the_file_leaves_out(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (file_of(format="other"), ["'other'", "version 1", "sortserve-ladder"]),
-        (file_of(version=2), ["version 2", "version 1"]),
-        (file_of(version=2, new_key=1), ["version 2", "version 1"]),
+        (file_of(version=3), ["version 3", "version 2"]),
+        (file_of(version=3, new_key=1), ["version 3", "version 2"]),
+        (file_of(entries=[{"depth": 2, "width": 4, "method": "x"}]), ["entries[0]", "'method'", "version 2"]),
+        (file_of(measured={"metric": "m", "date": "today"}), ["measured", "'date'", "version 2"]),
+        (file_of(pairs=[]), ["'pairs'", "version 2"]),
+        (file_of(version=2, pairs=[{"prompt": "d6", "answer": "d9", "domains": {}}]), ["'d9'", "d3-w50, d6"]),
+        (file_of(version=2, entries=[{"depth": 2, "width": 4, "domains": {"a": {"loss": 1}}}]), ["entries[0]", "loss"]),
+        (file_of(version=2, entries=[{"depth": 2, "width": 4, "scores": {"a": {"vaule": 1}}}]), ["scores", "vaule"]),
         (file_of(num_layers=7), ["7 layers", "6"]),
         (file_of(ffn_width=128), ["128 FFN", "64"]),
         (file_of(extra=1), ["extra"]),

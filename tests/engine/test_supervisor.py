@@ -19,7 +19,8 @@ from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.connection import EngineConnection
 from sortserve.engine.errors import DrainingError, EngineFailedError, ModelFolderError, StartupError
-from sortserve.engine.ladder import Entry, Ladder, Measured, Quality
+from sortserve.engine.ladder import Entry, Figures, Ladder, Measured, Pair, Quality, Score
+from sortserve.engine.ladder_file import Estimate
 from sortserve.engine.protocol import (
     AcceptedEvent,
     EngineInfo,
@@ -116,8 +117,14 @@ async def is_running(backend: ProcessBackend) -> bool:
 def crossing() -> list[messages.Command | messages.Report]:
     """One of everything, with every field set."""
     shape = ModelShape(4, 64, 128, 4, 2, 16, 258)
-    entries = [Entry("d2", SubModel.make(2, 128, [1]), Quality(0.5, 0.4, 0.6), True), Entry("d4", SubModel.full(shape))]
-    ladder = Ladder.of(shape, entries, Measured("agreement", "text", "command", 7))
+    figures = {"books": Figures(Estimate(2.5, 2.0, 3.0), Estimate(0.5, 0.4, 0.6), Estimate(0.1, 0.0, 0.2), 7)}
+    scores = {"gsm8k": Score(0.5, 0.4, 0.6, 10)}
+    narrow = Entry("d2", SubModel.make(2, 128, [1]), Quality(0.5, 0.4, 0.6), True, figures, scores, 1.5, "evopress")
+    measured = Measured(
+        "agreement", "text", "command", 7, "loss", {"books": "00"}, {"torch": "2"}, "cpu", "2026-11-26", 3.5
+    )
+    pairs = [Pair("d2", "d4", figures)]
+    ladder = Ladder.of(shape, [narrow, Entry("d4", SubModel.full(shape))], measured, pairs)
     assert ladder.costs  # cached values lie beside the fields, and must not disturb
     sampling = SamplingParams(5, 0.5, logit_bias={3: 1.5}, seed=-4, stop=("a", "b"), stop_token_ids=(1,), logprobs=2)
     budget = Budget(100.0, 50.0, 5.0, "cut")

@@ -1,74 +1,38 @@
 """The ladder: the sub-models a checkpoint offers, with measured quality, in `ladder.json` beside the weights.
 
-The file is versioned, readable by hand, and strict: an unknown key or a value of the wrong type is an error that names
-its place. Costs are not in it; they follow from the model's shape.
+`ladder_file` says what the file looks like. The costs that order a ladder are not in it; they follow from the model's
+shape.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import msgspec
-
+from sortserve.engine import ladder_file
 from sortserve.engine.errors import LadderError, NotFoundError
+from sortserve.engine.ladder_file import Figures, Measured, Pair, Quality, Score
 from sortserve.engine.submodel import Cost, ModelShape, SubModel
 
-FORMAT = "sortserve-ladder"
-VERSION = 1
-
-
-class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Quality relative to the full model, in [0, 1]; `low` and `high` bound it at 95 %."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-class _FileEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    depth: int
-    width: int | list[int]
-    skip_attention: list[int] = []
-    skip_ffn: list[int] = []
-    id: str | None = None
-    quality: Quality | None = None
-    degraded: bool = False
-
-
-class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """How the qualities were measured: the metric by name, the data, and the command that did it."""
-
-    metric: str
-    data: str = ""
-    command: str = ""
-    tokens: int = 0
-
-
-class _Header(msgspec.Struct):
-    """Read first and leniently: a file of another version may have keys that this one does not know."""
-
-    format: str
-    version: int
-
-
-class _File(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    format: str
-    version: int
-    num_layers: int
-    ffn_width: int
-    entries: list[_FileEntry]
-    measured: Measured | None = None
+__all__ = ["Entry", "Figures", "Ladder", "Measured", "Pair", "Quality", "Score"]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One rung: its id, the sub-model, its quality if measured, and whether it is too poor to be chosen by `auto`."""
+    """One rung: its id, the sub-model, its quality if measured, and whether it is too poor to be chosen by `auto`.
+
+    The rest is for readers; no policy looks at it: figures by domain of text, scores by task, milliseconds per token
+    where it was measured (None: not timed), and the method that found the sub-model.
+    """
 
     id: str
     submodel: SubModel
     quality: Quality | None = None
     degraded: bool = False
+    domains: Mapping[str, Figures] = field(default_factory=dict, hash=False)
+    scores: Mapping[str, Score] = field(default_factory=dict, hash=False)
+    token_ms: float | None = None
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +42,7 @@ class Ladder:
     shape: ModelShape
     entries: tuple[Entry, ...]
     measured: Measured | None = None
+    pairs: tuple[Pair, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [entry.id for entry in self.entries]
@@ -87,9 +52,18 @@ class Ladder:
             raise LadderError(f"ladder has the same sub-model twice among {ids}; drop one of them")
         if not self.entries or self.entries[-1].submodel != SubModel.full(self.shape):
             raise LadderError("the last entry of a ladder must be the full model")
+        foreign = [name for pair in self.pairs for name in (pair.prompt, pair.answer) if name not in ids]
+        if foreign:
+            raise LadderError(f"pairs name {foreign[0]!r}, which is no entry of the ladder: {', '.join(ids)}")
 
     @classmethod
-    def of(cls, shape: ModelShape, entries: Sequence[Entry], measured: Measured | None = None) -> "Ladder":
+    def of(
+        cls,
+        shape: ModelShape,
+        entries: Sequence[Entry],
+        measured: Measured | None = None,
+        pairs: Sequence[Pair] = (),
+    ) -> "Ladder":
         """A ladder of `entries` in order of cost; the full model is added if it is not among them."""
         full = SubModel.full(shape)
         kept = list(entries)
@@ -98,7 +72,7 @@ class Ladder:
         # ties by depth: of two entries that read the same bytes the deeper one is the better candidate
         kept.sort(key=lambda entry: (entry.submodel != full, entry.submodel.cost(shape), entry.submodel.depth))
         kept = kept[1:] + kept[:1]
-        return cls(shape, tuple(kept), measured)
+        return cls(shape, tuple(kept), measured, tuple(pairs))
 
     @classmethod
     def default(cls, shape: ModelShape, width_percents: Sequence[int] = (75, 100)) -> "Ladder":
@@ -120,19 +94,7 @@ class Ladder:
 
         Raises LadderError, naming the file and the place in it, if it is malformed or made for another model.
         """
-        try:
-            content = path.read_bytes()
-            header = msgspec.json.decode(content, type=_Header)
-            if (header.format, header.version) != (FORMAT, VERSION):
-                raise LadderError(
-                    f"{path}: format {header.format!r} version {header.version}, "
-                    f"this server reads {FORMAT!r} version {VERSION}"
-                )
-            file = msgspec.json.decode(content, type=_File)
-        except OSError as error:
-            raise LadderError(f"{path}: {error.strerror}") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise LadderError(f"{path}: {error}") from error
+        file = ladder_file.read(path)
         if (file.num_layers, file.ffn_width) != (shape.num_layers, shape.ffn_width):
             raise LadderError(
                 f"{path}: made for {file.num_layers} layers of {file.ffn_width} FFN neurons, "
@@ -144,7 +106,10 @@ class Ladder:
                 entries.append(_entry(entry, shape, len(entries)))
             except ValueError as error:
                 raise LadderError(f"{path}: entries[{place}]: {error}") from error
-        return cls.of(shape, entries, file.measured)
+        try:
+            return cls.of(shape, entries, file.measured, file.pairs)
+        except LadderError as error:
+            raise LadderError(f"{path}: {error.message}") from error
 
     def dump(self, path: Path) -> None:
         """Write the ladder as `load` reads it."""
@@ -152,14 +117,22 @@ class Ladder:
         for entry in self.entries:
             submodel = entry.submodel
             width = submodel.widths[0] if len(set(submodel.widths)) == 1 else list(submodel.widths)
-            given_id = None if entry.id == submodel.name(self.shape) else entry.id
             entries.append(
-                _FileEntry(
-                    submodel.depth, width, list(submodel.skip_attention), [], given_id, entry.quality, entry.degraded
+                ladder_file.FileEntry(
+                    depth=submodel.depth,
+                    width=width,
+                    skip_attention=list(submodel.skip_attention),
+                    id=None if entry.id == submodel.name(self.shape) else entry.id,
+                    quality=entry.quality,
+                    degraded=entry.degraded,
+                    domains=dict(entry.domains),
+                    scores=dict(entry.scores),
+                    token_ms=entry.token_ms,
+                    method=entry.method,
                 )
             )
-        file = _File(FORMAT, VERSION, self.shape.num_layers, self.shape.ffn_width, entries, self.measured)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
+        shape = self.shape
+        ladder_file.write(path, shape.num_layers, shape.ffn_width, entries, self.measured, list(self.pairs))
 
     @cached_property
     def exits(self) -> tuple[int, ...]:
@@ -227,7 +200,7 @@ class Ladder:
         return tuple(sorted(set(picked)))
 
 
-def _entry(entry: _FileEntry, shape: ModelShape, number: int) -> Entry:
+def _entry(entry: ladder_file.FileEntry, shape: ModelShape, number: int) -> Entry:
     """Validate one entry of the file; raises ValueError with the value and the limit."""
     if not 1 <= entry.depth <= shape.num_layers:
         raise ValueError(f"depth is {entry.depth}, must be in [1, {shape.num_layers}]: the model's layers")
@@ -245,4 +218,13 @@ def _entry(entry: _FileEntry, shape: ModelShape, number: int) -> Entry:
     submodel.check(shape)
     percent = round(100 * max(submodel.widths) / shape.ffn_width)
     made = submodel.name(shape) or f"d{submodel.depth}-w{percent}-s{number}"
-    return Entry(entry.id or made, submodel, entry.quality, entry.degraded)
+    return Entry(
+        entry.id or made,
+        submodel,
+        entry.quality,
+        entry.degraded,
+        entry.domains,
+        entry.scores,
+        entry.token_ms,
+        entry.method,
+    )

@@ -1,0 +1,117 @@
+"""Widths that differ by layer: where a search starts.
+
+What a layer loses at a width is either added up from the importance of its neurons beyond it (they are sorted), or
+measured with this layer narrowed alone (`profile`). `allocate` spends a budget of neurons so that the least is lost in
+all. Losses of layers do not really add up; the search corrects that.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from sortserve.engine.errors import SortingError
+from sortserve.engine.submodel import ModelShape, SubModel
+from sortserve.sorting.search import Space
+
+STEP = 128  # neurons; widths are multiples of it where the FFN is wide enough
+
+
+def levels(shape: ModelShape, shares: Sequence[float]) -> tuple[int, ...]:
+    """Ascending widths for these shares of the FFN, multiples of 128 where it is wide enough; the full width is the last.
+
+    Raises SortingError unless there are 1 to 4 above 0, all different: more blocks would cost more than they save.
+    """
+    wide = shape.ffn_width >= 4 * STEP
+    widths = {shape.ffn_width}
+    for share in shares:
+        exact = shape.ffn_width * share
+        widths.add(round(exact / STEP) * STEP if wide and 0 < share < 1 else round(exact))
+    if not 1 <= len(widths - {0}) <= 4 or min(widths) < 0 or max(widths) > shape.ffn_width:
+        raise SortingError(f"levels are {sorted(widths)} of {shape.ffn_width} neurons, must be 1 to 4 above 0")
+    return tuple(sorted(widths))
+
+
+def losses_by_importance(importance: Tensor, widths: Sequence[int]) -> list[list[float]]:
+    """What each layer loses at each width: the importance of the neurons beyond it, importance [layers, neurons]."""
+    return [[float(row[width:].sum()) for width in sorted(widths)] for row in importance.double()]
+
+
+def profile(
+    space: Space, fitness: Callable[[SubModel], float], progress: Callable[[str], None] | None = None
+) -> list[list[float]]:
+    """What each layer costs at each width while all others stay whole, by measuring it: [layers][widths]."""
+    full = space.widths[-1]
+    losses = []
+    for layer in range(space.num_layers):
+        row = []
+        for width in space.widths[:-1]:
+            widths = [full] * space.num_layers
+            widths[layer] = width
+            row.append(fitness(SubModel.make(space.num_layers, widths)))
+        losses.append([*row, 0.0])
+        if progress is not None:
+            progress(f"layer {layer + 1} of {space.num_layers}")
+    return losses
+
+
+def allocate(losses: Sequence[Sequence[float]], widths: Sequence[int], budget: int) -> SubModel:
+    """Widths per layer, of those given, with the least sum of `losses` [layers][widths] for `budget` neurons.
+
+    Greedy over the lower convex hull of each layer's losses, so each step saves the most neurons for what it loses.
+    Raises SortingError if not even the narrowest widths keep the budget.
+    """
+    ascending = sorted(widths)
+    num_layers = len(losses)
+    if ascending[0] * num_layers > budget:
+        raise SortingError(f"a budget of {budget} neurons, the narrowest widths come to {ascending[0] * num_layers}")
+    steps = []  # (loss per neuron saved, layer, wider level, level)
+    for layer, row in enumerate(losses):
+        for narrow, wide in pairwise(_lower_hull(ascending, row)):
+            price = (row[narrow] - row[wide]) / (ascending[wide] - ascending[narrow])
+            steps.append((price, layer, -wide, narrow))
+    chosen = [len(ascending) - 1] * num_layers
+    total = ascending[-1] * num_layers
+    for _, layer, _, narrow in sorted(steps):
+        if total <= budget:
+            break
+        total -= ascending[chosen[layer]] - ascending[narrow]
+        chosen[layer] = narrow
+    _spend(losses, ascending, chosen, budget - total)
+    return SubModel.make(num_layers, [ascending[level] for level in chosen])
+
+
+def uniform(shape: ModelShape, budget: int) -> SubModel:
+    """One width for all layers within the budget: a multiple of 128 where the FFN is wide enough."""
+    width = budget // shape.num_layers
+    if shape.ffn_width >= 4 * STEP and width < shape.ffn_width:
+        width = width // STEP * STEP
+    return SubModel.make(shape.num_layers, min(width, shape.ffn_width))
+
+
+def _spend(lost: Sequence[Sequence[float]], ascending: Sequence[int], chosen: list[int], left: int) -> None:
+    """The last step may have saved more than was needed: raise what fits into the rest and helps most."""
+    while True:
+        gains = []
+        for layer, level in enumerate(chosen):
+            if level + 1 < len(ascending) and ascending[level + 1] - ascending[level] <= left:
+                gains.append((lost[layer][level] - lost[layer][level + 1], layer))
+        if not gains:
+            return
+        _, layer = max(gains)
+        left -= ascending[chosen[layer] + 1] - ascending[chosen[layer]]
+        chosen[layer] += 1
+
+
+def _lower_hull(xs: Sequence[int], ys: Sequence[float]) -> list[int]:
+    """Places of the points on the lower convex hull, ascending in x."""
+    hull: list[int] = []
+    for place in range(len(xs)):
+        while len(hull) > 1:
+            first, second = hull[-2], hull[-1]
+            slope = (ys[second] - ys[first]) / (xs[second] - xs[first])
+            if (ys[place] - ys[second]) / (xs[place] - xs[second]) > slope:
+                break
+            hull.pop()
+        hull.append(place)
+    return hull
