@@ -1,4 +1,4 @@
-"""The command line: `sortserve serve | generate | ladder | bench`.
+"""The command line: `sortserve serve | generate | ladder | bench | simulate`.
 
 `main` returns the exit code: 0, 1 for a request that was refused or an engine that died, 2 for a server or model that
 cannot start with what it was given. What needs torch is imported by the command that needs it.
@@ -26,6 +26,7 @@ Serve one set of sorted weights as many sub-models; each request says how long i
   sortserve generate --prompt 'Once upon' --budget-ms 300
   sortserve ladder ./Qwen2.5-0.5B               the sub-models it offers, and what they cost
   sortserve bench ./Qwen2.5-0.5B                how fast each of them is here
+  sortserve simulate --trace trace.csv --load 2 what a policy would keep of the budgets on a GPU
 """
 _SERVE = """\
 examples:
@@ -87,6 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--max-tokens", type=positive, default=32, help="output tokens per prompt; default: 32")
     bench.add_argument("--batch", type=positive, default=8, help="prompts at a time for the throughput; default: 8")
     bench.add_argument("--repeats", type=positive, default=3, help="runs to take the median of; default: 3")
+
+    simulate = commands.add_parser("simulate", help="replay a trace against simulated GPUs, policies side by side")
+    from sortserve.engine.simulator.command import add_arguments
+
+    add_arguments(simulate.add_argument, positive)
     return parser
 
 
@@ -216,6 +222,10 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "simulate":
+        from sortserve.engine.simulator.command import run
+
+        return run(args)
     folder = model_folder(args.model)
     if args.command == "serve":
         from sortserve.server.serve import serve

@@ -50,9 +50,7 @@ def overdue_turn(view: View, dropped: Bools, decisions: int) -> Bools:
     return waited > PATIENCE_SECONDS
 
 
-def settle(
-    outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_tokens: int, decisions: int
-) -> Decision:
+def settle(outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_tokens: int, decisions: int) -> Decision:
     """The decision, in which the `dropped` ones are refused or served last at the place given for them."""
     view = outlook.view
     refuse = dropped & refusable(view)

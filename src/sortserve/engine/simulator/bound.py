@@ -86,7 +86,7 @@ def _solve(
         others = np.flatnonzero(~workload.budgeted)
         full = least_work(workload, rungs, cost, step_tokens, np.array([rungs.full]))
         must = (full.prompt + full.rest)[others]
-        jobs.append(_Jobs(others, must, workload.arrival[others] + patience))
+        jobs.append(_Jobs(others, must, workload.arrival[others] + patience, must=True))
     program = _Program(workload, budgeted, jobs, len(places), bucket, replicas)
     values = np.zeros(program.num_variables)
     values[: len(budgeted) * len(places)] = np.tile(worth[places], len(budgeted))
@@ -165,8 +165,9 @@ class _Jobs:
     """Work that must be done between arrival and `due`."""
 
     request: Ints  # [k] rows of the workload
-    work: Floats  # [k, places] seconds if the whole request ran there; one column: must be done in any case
+    work: Floats  # [k, places] seconds if the whole request ran there
     due: Floats  # [k]
+    must: bool = False  # be done in any case: then `work` has one column
 
 
 class _Program:
@@ -232,9 +233,10 @@ class _Program:
         self, job: _Jobs, position: Ints, released: Ints, until: Ints, leaves: int, nodes_at: int, num_places: int
     ) -> None:
         count = len(position)
-        mandatory = job.work.shape[1] == 1 and num_places != 1
-        first = self._more_rows(-job.work[:, 0] if mandatory else np.zeros(count))
-        if not mandatory:
+        if not count:
+            return
+        first = self._more_rows(-job.work[:, 0] if job.must else np.zeros(count))
+        if not job.must:
             rows = np.repeat(first + np.arange(count), num_places)
             columns = (position[:, None] * num_places + np.arange(num_places)).ravel()
             self._add(rows, columns, job.work.ravel())

@@ -21,7 +21,8 @@ from sortserve.engine.step import fill, in_order, shape_of
 
 IDLE_SECONDS = 1e-3
 """When nobody may run (all sit out), the policy is asked again after this."""
-NOISE_STEPS = 1 << 16
+NOISE_STEPS = 1 << 12
+"""Random numbers drawn per replica; then they come again."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,19 @@ class Trace:
         inside = (self.arrival >= start) & (self.arrival < start + seconds)
         return Trace(self.arrival[inside] - start, self.num_prompt[inside], self.num_output[inside])
 
+    def stretch(self, first: int, count: int, seconds: float) -> "Trace":
+        """`count` requests in a row from `first` on (going round at the end), their gaps scaled so that they take `seconds`.
+
+        The rate is then exact, and bursts keep their form. Raises ValueError if there are not so many requests.
+        """
+        if not 2 <= count <= len(self):
+            raise ValueError(f"{count} requests are asked for, the trace has {len(self)} and 2 are the least")
+        at = (first + np.arange(count)) % len(self)
+        lap = self.seconds + self.seconds / max(len(self) - 1, 1)
+        arrival = self.arrival[at] + np.where(at < first % len(self), lap, 0.0)
+        span = arrival[-1] - arrival[0]
+        return Trace((arrival - arrival[0]) * (seconds / span), self.num_prompt[at], self.num_output[at])
+
     def scaled_lengths(self, factor: float, most_prompt: int | None = None, most_output: int | None = None) -> "Trace":
         """Lengths times `factor`, rounded, at least 1, and cut off at the limits if given."""
 
