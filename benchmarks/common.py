@@ -136,6 +136,15 @@ def grid_ladder(model: Path, depths: Sequence[int], shares: Sequence[float]) -> 
     return Ladder.of(shape, entries)
 
 
+def grid_engine(model: Path, **settings: object) -> Engine:
+    """The real engine with three depths at three widths of `model`."""
+    layers = load_model_config(model).shape.num_layers
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ladder.json"
+        grid_ladder(model, [layers // 2, 3 * layers // 4, layers], [0.5, 0.75, 1.0]).dump(path)
+        return Engine.load(EngineConfig(model_folder=model, ladder_path=path, **settings))  # type: ignore[arg-type]
+
+
 def alternate(runs: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
     """Time A, B, ..., then the same in reverse, and so on, so that drift of the machine meets all alike; the figures of
     each. The shorter the runs, the better the pairs: these machines' bandwidth changes within seconds."""

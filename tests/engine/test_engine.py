@@ -15,8 +15,8 @@ from tokenizers import decoders, models
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
-from sortserve.engine.engine import Engine
 from sortserve.engine.cost import CostTable
+from sortserve.engine.engine import Engine
 from sortserve.engine.errors import (
     MemoryBudgetError,
     NotFoundError,

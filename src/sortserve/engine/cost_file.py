@@ -33,15 +33,18 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 def write_cost(path: Path, table: CostTable, about: dict[str, str] | None = None) -> None:
     """Write the table. Raises OSError; a file of that name is whole at all times."""
     file = _File(
-        FORMAT,
-        VERSION,
-        table.layers.tolist(),
-        *(column.tolist() for column in (table.buckets, table.layer, table.ffn, table.head)),
-        table.base,
-        table.context_seconds,
-        table.pair_seconds,
-        table.spread,
-        about or {},
+        format=FORMAT,
+        version=VERSION,
+        layers=table.layers.tolist(),
+        buckets=table.buckets.tolist(),
+        layer=table.layer.tolist(),
+        ffn=table.ffn.tolist(),
+        head=table.head.tolist(),
+        base=table.base,
+        context_seconds=table.context_seconds,
+        pair_seconds=table.pair_seconds,
+        spread=table.spread,
+        about=about or {},
     )
     content = msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -71,4 +74,15 @@ def read_cost(path: Path) -> CostTable:
     finite = np.isfinite([*scalars, *np.concatenate(columns)]).all()
     if not finite or min(*scalars, *map(np.min, columns)) < 0 or (np.diff(columns[0]) <= 0).any():
         raise ValueError(f"{path}: times must be finite and not negative, buckets ascending")
-    return CostTable(np.array(file.layers, np.int64), *columns, *scalars)
+    buckets, layer, ffn, head = columns
+    return CostTable(
+        np.array(file.layers, np.int64),
+        buckets,
+        layer,
+        ffn,
+        head,
+        file.base,
+        file.context_seconds,
+        file.pair_seconds,
+        file.spread,
+    )

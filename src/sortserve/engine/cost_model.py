@@ -108,9 +108,9 @@ class CostModel:
             pair_seconds=table.pair_seconds * pairs,
         )
 
-    def errors(self) -> dict[str, StepError]:
+    def errors(self) -> dict[StepKind, StepError]:
         """By kind of step, of those that ran."""
-        told: dict[str, StepError] = {}
+        told: dict[StepKind, StepError] = {}
         for kind, residuals in self._ratios.items():
             if residuals:
                 ratios = np.array([ratio for ratio, _ in residuals])

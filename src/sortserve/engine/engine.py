@@ -137,7 +137,7 @@ class Engine:
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id."""
-        return {} if self.scheduler.cost is None else self.scheduler.predict(max(1, prompt_tokens))
+        return self.scheduler.predict(prompt_tokens)
 
     # ---- warm-up
 

@@ -91,6 +91,8 @@ class KVManager:
             if reached == 0 or (sequence.resume[start:stop] == reached).all():
                 continue
             settings = tuple(int(sequence.settings[segment, start]) for segment in range(reached))
+            if not all(sequence.uniform(segment, stop, wanted) for segment, wanted in enumerate(settings)):
+                continue  # a state depends on all tokens before it
             state = self.prefix.get(sequence.block_key("states", settings, block, tokens))
             if state is None:
                 continue

@@ -4,7 +4,6 @@ There is no prefill or decode phase: every request has tokens known and tokens c
 `plan = schedule(now)`, the runner's work, `events = update(plan, result, now)`. No torch here.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -14,14 +13,8 @@ from sortserve.engine.booking import Books
 from sortserve.engine.cost import CostTable, StepCost
 from sortserve.engine.deciding import ASK_EVERY, Decider
 from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError, RequestError
-from sortserve.engine.estimates import (
-    by_place,
-    decode_seconds,
-    decode_shape,
-    prefill_seconds,
-    prefill_shape,
-    shape_of_parts,
-)
+from sortserve.engine.estimates import shape_of_parts
+from sortserve.engine.forecast import Forecast, first_place
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
@@ -45,8 +38,6 @@ from sortserve.engine.step import fill, in_order, rows_of
 from sortserve.engine.table import RequestTable
 from sortserve.engine.tally import Tally
 
-CUT_RESERVE_SECONDS = 0.002
-"""Kept back by the `cut` policy for a step that takes a little longer than predicted, and for the way to the socket."""
 FEATURES = frozenset({"refill", "sit_out", "reuse"})
 """What this engine can do; policies read it."""
 
@@ -286,11 +277,8 @@ class Scheduler:
 
     # ---- what is told before a step ran
 
-    def _running(self) -> tuple[Counter[int], float]:
-        """Running requests by place, and the tokens that one knows on average."""
-        running = [request for request in self.requests.values() if request.running]
-        known = sum(len(request.tokens) for request in running)
-        return Counter(request.submodel for request in running), known / max(1, len(running))
+    def _forecast(self) -> Forecast:
+        return Forecast.of(self.requests.values(), self.rungs, self.cost, self._max_step_tokens)
 
     def _accept(self, request: Request, part: SequencePlan, now: float) -> None:
         """Tell a request that runs for the first time what it starts with. All the K/V it has then were cached."""
@@ -299,17 +287,8 @@ class Scheduler:
             request.cached_tokens = part.watermark[0]
             self._tally.prefix_queries += request.num_prompt
             self._tally.prefix_hits += request.cached_tokens
-        predicted, met = None, True
-        if request.asked.budget is not None and self.cost is not None:
-            counts, context = self._running()
-            expected = self._lengths.expected_left(request)
-            step = decode_seconds(self.cost, self.rungs, {request.submodel: counts.total()}, context)
-            rest = request.num_prompt - request.cached_tokens
-            first = prefill_seconds(self.cost, self.rungs, request.submodel, rest, self._max_step_tokens)
-            first_at = now + max(first, step)
-            last_at = first_at + step * (expected - 1)
-            predicted = last_at - request.asked.arrival
-            met = request.asked.budget.met(request.asked.arrival, first_at, last_at, expected)
+        expected = self._lengths.expected_left(request)
+        predicted, met = self._forecast().of_request(request, expected, now)
         self._pending.append(
             AcceptedEvent(
                 request.id,
@@ -323,29 +302,21 @@ class Scheduler:
 
     def _cut_overdue(self, now: float) -> None:
         """Budget policy `cut`: stop where one more step, of the shape that runs now, would come too late."""
-        counts, context = self._running()
+        forecast = self._forecast()
         for request in list(self._cutting.values()):
-            budget = request.asked.budget
-            assert budget is not None
-            assert budget.total_ms is not None
-            shape = counts if request.running else counts + Counter([request.floor])
-            step = 0.0
-            if self.cost is not None:
-                step = float(self.cost.p90(decode_shape(self.rungs, by_place(self.rungs, shape), context)))
-            if now + step + CUT_RESERVE_SECONDS > request.asked.arrival + budget.total_ms / 1e3:
+            if forecast.too_late(request, now):
                 request.cut = True
                 if request.first_row is None:
-                    place = request.floor if request.submodel == NEVER_RAN else request.submodel
-                    self._pending.append(AcceptedEvent(request.id, self.ladder.entries[place].id, None, False))
+                    submodel = self.ladder.entries[first_place(request)].id
+                    self._pending.append(AcceptedEvent(request.id, submodel, None, False))
                 self._pending.append(self._finish(request, "length", now))
 
     def _refuse(self, request: Request) -> None:
         """The policy gives up a strict request that has not run: for now, its client may come back."""
-        counts, context = self._running()
-        step = decode_seconds(self.cost, self.rungs, counts, context) if self.cost is not None else 0.0
+        forecast = self._forecast()
         error = OverloadedError(
-            f"its latency budget cannot be kept any more under the present load ({counts.total()} running)",
-            retry_after=max(1.0, step * 16),
+            f"the latency budget cannot be kept any more under the present load ({forecast.running.total()} running)",
+            retry_after=max(1.0, forecast.step_seconds() * 16),
         )
         self._tally.dropped[error.code] += 1
         self._end(request)
@@ -400,19 +371,8 @@ class Scheduler:
         return self._tally.stats(self.requests.values(), self.kv)
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
-        """What one more request of that many prompt tokens would take now, by sub-model id."""
-        assert self.cost is not None
-        counts, context = self._running()
-        predictions = {}
-        for place, entry in enumerate(self.ladder.entries):
-            one_more = by_place(self.rungs, {place: counts.total() + 1})
-            step = decode_shape(self.rungs, one_more, context)
-            first = prefill_shape(self.rungs, place, prompt_tokens, self._max_step_tokens)
-            (ttft, tpot), (slow_ttft, slow_tpot) = (
-                (float(price(first).sum()), float(price(step))) for price in (self.cost.seconds, self.cost.p90)
-            )
-            predictions[entry.id] = Prediction(max(ttft, tpot), tpot, max(slow_ttft, slow_tpot), slow_tpot)
-        return predictions
+        """What one more request of that many prompt tokens would take now, by sub-model id; nothing if unmeasured."""
+        return self._forecast().one_more(self.ladder, max(1, prompt_tokens))
 
     def check_integrity(self) -> None:
         """Assert the page accounting and the watermarks; see KVManager."""
