@@ -21,6 +21,7 @@ from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
+from sortserve.engine.plan import StepRunner
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.profile_cache import fitted
@@ -30,6 +31,8 @@ from sortserve.engine.rungs import Rungs
 from sortserve.engine.runner import Runner
 from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
+from sortserve.engine.simulator.runner import SimulatedRunner
+from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 
 logger = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ class Engine:
     model_config: ModelConfig
     info: EngineInfo
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Engine":
@@ -64,10 +67,13 @@ class Engine:
         ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
         geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
         num_pages, max_model_len = _size_kv(config, model_config, geometry)
-        source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
-            model_config
-        )
-        weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+        simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
+        weights = None
+        if simulated is None:
+            source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
+                model_config
+            )
+            weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
         grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
@@ -81,16 +87,21 @@ class Engine:
             unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
             on_end=grammars.drop,
         )
-        runner = Runner(
-            model_config,
-            weights,
-            geometry,
-            scheduler.settings,
-            num_pages,
-            max_model_len,
-            model_config.eos_token_ids,
-            grammars,
-        )
+        runner: StepRunner
+        if weights is None:
+            assert simulated is not None
+            runner = simulated
+        else:
+            runner = Runner(
+                model_config,
+                weights,
+                geometry,
+                scheduler.settings,
+                num_pages,
+                max_model_len,
+                model_config.eos_token_ids,
+                grammars,
+            )
         info = EngineInfo(
             model=config.model_name,
             ladder=ladder,
@@ -98,14 +109,16 @@ class Engine:
             vocab_size=shape.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
             capabilities=FEATURES,
-            weight_bytes=weights.nbytes,
+            weight_bytes=ladder.costs[-1].weight_bytes if weights is None else weights.nbytes,
             kv_bytes=num_pages * geometry.page_bytes,
             block_tokens=geometry.block_tokens,
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
         )
         engine = cls(config, model_config, info, scheduler, runner)
-        if config.warmup:
+        if simulated is not None:
+            scheduler.cost = CostModel(simulated.cost)
+        elif config.warmup:
             scheduler.cost = engine.measure()
         _log_start(engine, weights, has_ladder)
         return engine
@@ -228,7 +241,27 @@ def _free_bytes() -> int:
         return 4 * MOST_KV_BYTES  # macOS and Windows do not tell
 
 
-def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
+def _simulated(
+    config: EngineConfig, shape: ModelShape, ladder: Ladder, eos_token_ids: tuple[int, ...]
+) -> SimulatedRunner | None:
+    """What stands in for the model, if something does."""
+    if config.simulates is None:
+        return None
+    try:
+        return SimulatedRunner.of(config.simulates, shape, ladder, eos_token_ids)
+    except ValueError as error:
+        raise StartupError(str(error), param="simulates") from error
+
+
+def _head_words(weights: ModelWeights | None) -> str:
+    if weights is None:
+        return "simulated"
+    return (
+        f"packed beside the embedding, {weights.head_bytes / (1 << 20):.0f} MiB" if weights.head_bytes else "unpacked"
+    )
+
+
+def _log_start(engine: Engine, weights: ModelWeights | None, has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
         "loaded %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
@@ -238,7 +271,7 @@ def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
         "/".join(map(str, info.ladder.exits)),
         engine.config.dtype,
         info.weight_bytes / mib,
-        f"packed beside the embedding, {weights.head_bytes / mib:.0f} MiB" if weights.head_bytes else "unpacked",
+        _head_words(weights),
         info.kv_bytes / mib,
         info.max_model_len,
     )

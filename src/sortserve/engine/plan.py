@@ -111,3 +111,11 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
 
     sequences: tuple[SequenceResult, ...]
     seconds: float
+
+
+class StepRunner(Protocol):
+    """What runs steps: a model, or a clock that stands in for one."""
+
+    def run(self, plan: Plan) -> StepResult:
+        """One step."""
+        ...

@@ -211,7 +211,13 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         help="measure step times at every start; else they are kept in $XDG_CACHE_HOME/sortserve or ~/.cache/sortserve",
     )
     add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
-    add("--backend", default="native", choices=("native",), help="default: native")
+    add(
+        "--backend",
+        default="native",
+        choices=("native", "simulated"),
+        help="simulated: waits as long as --simulates would take and makes up tokens; loads no weights. Default: native",
+    )
+    add("--simulates", default="h200", metavar="GPU", help="for --backend simulated: h100, h200, h200x4; default: h200")
     add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")
     add("--shutdown-timeout", type=_seconds, default=55.0, help="seconds to finish in on SIGTERM; default: 55")
     add(

@@ -52,7 +52,7 @@ class _Scripted:
 
 def test_no_schedule_at_all_beats_it_on_tiny_cases() -> None:
     """All ways to give two requests of two or three tokens one of two rungs, a pause or a refusal at each of two
-    questions, and what comes after in four ways; budgets are so tight that not everything can be had."""
+    questions, and one of them for the rest; budgets are so tight that not everything can be had."""
     config = little_config(ask_every=1)
     rungs = replace(config.rungs, default_floor=1)
     config = replace(config, rungs=rungs)
@@ -73,8 +73,9 @@ def test_no_schedule_at_all_beats_it_on_tiny_cases() -> None:
         )
         goodput, met = _bound(config, workload, bucket=0.002)
         pairs = list(itertools.product((1, 3, -1, -2), repeat=2))
+        later = list(itertools.product((1, 3, -1), repeat=2))
         reached_goodput = reached_met = 0.0
-        for script in itertools.product(pairs, pairs, [(1, 1), (3, 3), (1, -1), (-1, 3)]):
+        for script in itertools.product(pairs, later, [(1, 1), (3, 3)]):
             records = simulate(config, partial(_Scripted, script), workload).records
             reached_goodput = max(reached_goodput, float(records.quality[records.met].sum()))
             reached_met = max(reached_met, float(records.met.sum()))
