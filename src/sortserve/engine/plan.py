@@ -4,6 +4,8 @@ msgspec's structs, because some are made for every row of every step: one of `Se
 frozen dataclass takes 3.
 """
 
+from typing import Protocol
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
