@@ -1,13 +1,14 @@
 """`slack`: as many budgets kept as possible, and then as much quality, by a price for machine time that follows the load.
 
-Each request takes the place where the quality it gains, over the tokens it still has to make, exceeds the price of the machine
-time it would take from its present state: prompt, refill or recompute, and answer. So a long request steps down before a
-short one, work done already counts for going on with it, a promotion must pay back its refill, and a place that lies below
-the line between its neighbours is never taken. By duality that is how the best solution of the fluid problem looks.
+Each request takes the place that maximises its mean quality minus the price of the machine time it still needs from its
+present state: prompt, refill or recompute, and answer. It is given up where even that, with what a kept budget is worth beside
+quality, is below nothing. So a long request steps down before a short one, work done already counts for going on with it, a
+promotion must pay back its refill, and a place below the line between its neighbours is never taken. By duality that is how
+the best solution of the fluid problem looks.
 
 The price is found by search from step to step: a few neighbours of the present setting are forecast, and the best is taken.
 Three more numbers are searched with it: a cap for all rows (a step is as slow as its deepest row, so at small batches only
-lowering all of them helps), a density below which requests are given up for the others' sake, and the rows of prompts in a step.
+lowering all of them helps), the rows of prompts in a step, and whether rows without a budget pause.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +33,6 @@ class Setting:
     """What is searched. All zero: everybody gets the best."""
 
     price: int = 0  # level
-    given_up: int = 0  # level of density: quality per second of machine time; 0 gives nobody up
     below_full: int = 0  # the cap's distance from the full model
     part: int = 0  # index of _PARTS
     alone: bool = False  # rows without a budget sit out, except in every `turn`th step
@@ -41,14 +41,11 @@ class Setting:
         """This one first, then those that promise more for less, then those that give up more."""
         tries = [
             *(replace(self, price=self.price + d) for d in (-1, -4, 1, 2, 5, 12)),
-            *(replace(self, given_up=self.given_up + d) for d in (-1, -4, 1, 4)),
             *(replace(self, below_full=self.below_full + d) for d in (-1, 1, 3)),
             *(replace(self, part=self.part + d) for d in (-1, 1)),
             replace(self, alone=not self.alone),
         ]
-        if self.given_up == 0:  # the first to go are the dearest, wherever that begins
-            tries += [replace(self, given_up=level) for level in (16, 24, 32, 40)]
-        limits = (("price", _LEVELS), ("given_up", _LEVELS), ("below_full", places), ("part", len(_PARTS)))
+        limits = (("price", _LEVELS), ("below_full", places), ("part", len(_PARTS)))
         inside = [s.bounded(limits) for s in tries]
         return list(dict.fromkeys([self, *inside]))
 
@@ -58,8 +55,8 @@ class Setting:
 
     def gives_up_less(self, other: "Setting") -> bool:
         """Whether this is a relaxation of another one."""
-        mine = (self.price, self.given_up, self.below_full, self.alone)
-        return mine != (theirs := (other.price, other.given_up, other.below_full, other.alone)) and all(
+        mine = (self.price, self.below_full, self.alone)
+        return mine != (theirs := (other.price, other.below_full, other.alone)) and all(
             a <= b for a, b in zip(mine, theirs, strict=True)
         )
 
@@ -95,12 +92,13 @@ class Slack:
         hopeless = outlook.hopeless(view.floor)
         place, dropped = self._candidates(outlook, value, settings, hopeless)
         sits = dropped | (np.array([s.alone for s in settings])[:, None] & ~view.budgeted & view.running)
-        chunk = np.array([_PARTS[s.part] for s in settings]) * view.step_tokens
-        forecast = outlook.foresee(np.where(sits, SITS_OUT, place), chunk)
+        tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None]])  # the last one: everybody at the floor
+        chunk = np.array([_PARTS[s.part] for s in (*settings, self._setting)]) * view.step_tokens
+        forecast = outlook.foresee(tried, chunk)
         chosen = self._best(outlook, value, settings, forecast, place, dropped)
         self._setting = settings[chosen]
         self._clock.note(view, forecast, chosen, float(chunk[chosen]))
-        gone = dropped[chosen] | turned_away(outlook, forecast, chosen, view.floor)
+        gone = dropped[chosen] | turned_away(outlook, forecast, len(settings), view.floor)
         reason = self._reasons(view, outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
         if self._setting.alone and self._clock.decisions % self._turn and "sit_out" in view.capabilities:
@@ -131,15 +129,12 @@ class Slack:
         levels = sorted({s.price for s in settings})
         priced = worth - _PRICES[levels][:, None, None] * cost
         best = len(places) - 1 - priced.argmax(-1)  # [levels, n]
-        best = best[[levels.index(s.price) for s in settings]]
-        cap = view.rungs.full - np.array([s.below_full for s in settings])
-        best = np.maximum(np.minimum(best, cap[:, None]), view.floor)
-        every = np.arange(len(view))
         # equals differ a little, or all would be given up at once
-        spread = 0.8 + 0.4 * np.modf(np.abs(view.arrival) * 7919.0)[0]
-        density = spread * value[every, view.floor] / np.maximum(outlook.cost[every, view.floor], 1e-12)
-        least = _PRICES[[s.given_up for s in settings]]
-        return best, view.budgeted & ((density < least[:, None]) | hopeless)
+        kept = self._attainment * (0.8 + 0.4 * np.modf(np.abs(view.arrival) * 7919.0)[0])
+        given_up = view.budgeted & ((priced.max(-1) + kept < 0) | hopeless)
+        level = [levels.index(s.price) for s in settings]
+        cap = view.rungs.full - np.array([s.below_full for s in settings])
+        return np.maximum(np.minimum(best[level], cap[:, None]), view.floor), given_up[level]
 
     def _best(
         self,
@@ -153,10 +148,11 @@ class Slack:
         """The candidate under which those in time are worth most."""
         view = outlook.view
         relaxed = np.array([s.gives_up_less(self._setting) for s in settings])
-        late = forecast.late(view, np.where(relaxed, self._relax_margin, self._margin))
+        margin = np.where(relaxed, self._relax_margin, self._margin)
+        late = forecast.late(view, np.append(margin, 1.0))[:-1]
         counts = view.budgeted & ~dropped & ~late
         worth = np.where(counts, value[np.arange(len(view)), place] + self._attainment, 0.0).sum(1)
-        worth -= 1e-6 * np.array([s.price + s.given_up + s.below_full + s.part + s.alone for s in settings])
+        worth -= 1e-6 * np.array([s.price + s.below_full + s.part + s.alone for s in settings])
         return int(worth.argmax())
 
     @staticmethod
