@@ -49,7 +49,7 @@ class Trace:
         """Lengths times `factor`, rounded, at least 1, and cut off at the limits if given."""
 
         def scale(lengths: Ints, most: int | None) -> Ints:
-            scaled = np.maximum(np.rint(lengths * factor).astype(np.int64), 1)
+            scaled: Ints = np.maximum(np.rint(lengths * factor).astype(np.int64), 1)
             return scaled if most is None else np.minimum(scaled, most)
 
         return replace(
@@ -123,7 +123,7 @@ class Unloaded:
 
     def ttft(self, num_prompt: Ints) -> Floats:
         """[n] to the first token."""
-        return self.first + self.prompt_token * num_prompt
+        return np.asarray(self.first + self.prompt_token * num_prompt, np.float64)
 
     def total(self, num_prompt: Ints, num_output: Ints) -> Floats:
         """[n] to the last token."""
