@@ -1,0 +1,95 @@
+"""The price of machine time, by level: where what is asked for until the deadlines, now and by those still to come, is what
+the machine can do until then.
+
+At a price each request takes the place that maximises its mean quality minus the price of the machine time it would still
+take; that is what it asks for. Supply is a horizon, part of the time that requests have from arrival to deadline. Over the
+horizon the live ones ask for what they have left, and new ones, at the rate and of the kinds seen last, for all of theirs.
+So a backlog raises the price before anybody is late, and without one the price is that of the load.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from sortserve.engine.policies.outlook import Outlook
+from sortserve.engine.rungs import Bools, Floats, Ints
+
+LEVELS = 48
+PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
+"""Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
+_STEPS = np.array([-4, -2, -1, 0, 1, 2, 4])  # levels that are looked at in one decision
+_SEEN = 64  # arrivals remembered
+_FEW = 8  # arrivals before which nothing is foreseen
+
+
+class Bids:
+    """What n requests would take at any price. Rows of the arrays; places dearest first, so that the best wins ties."""
+
+    def __init__(self, worth: Floats, cost: Floats, kept: Floats) -> None:
+        """`worth` [n, places] mean quality, -inf where barred; `cost` [n, places] seconds; `kept` [n] what a kept budget
+        is worth beside quality; inf: never given up."""
+        self._worth, self._cost, self._kept = worth[:, ::-1], cost[:, ::-1], kept
+
+    def at(self, prices: Floats) -> tuple[Ints, Bools]:
+        """At prices [k], in quality a second: places [k, n], and who is given up [k, n]."""
+        priced = self._worth - prices[:, None, None] * self._cost
+        best = priced.argmax(-1)
+        value = np.take_along_axis(priced, best[..., None], -1)[..., 0]
+        return self._worth.shape[1] - 1 - best, value + self._kept < 0
+
+
+class Market:
+    """Finds the level of the price, a little at a time. Remembers costs of past arrivals, but no requests."""
+
+    def __init__(self, horizon: float, utilisation: float, attainment: float) -> None:
+        self.level = 0
+        self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
+        self._seen: deque[tuple[float, float, Floats, Floats]] = deque(maxlen=_SEEN)  # arrival, time allowed, worth, cost
+        self._newest = -np.inf
+        self._mean_cost = 0.0  # seconds of machine time
+        self._sample: Bids | None = None
+        self._sample_cost: Floats = np.zeros((0, 0))
+
+    def prices(self, levels: Ints) -> Floats:
+        """[k] in quality a second."""
+        return PRICES[levels] / max(self._mean_cost, 1e-9)
+
+    def learn(self, outlook: Outlook, worth: Floats) -> None:
+        """Take note of who came since the last time. A clock that was set back starts anew."""
+        view = outlook.view
+        if view.now < self._newest:
+            self._newest = -np.inf
+            self._seen.clear()
+        new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
+        for i in new[np.argsort(view.arrival[new])].tolist():
+            allowed = float(view.last_due[i] - view.arrival[i])
+            if not np.isfinite(allowed):  # the clock of its tokens starts with the first one
+                allowed = float(view.first_due[i] - view.arrival[i])
+            self._seen.append((float(view.arrival[i]), allowed, worth[i], outlook.cost[i]))
+        if len(new):
+            self._newest = float(view.arrival[new].max())
+            cost = np.array([seen[3] for seen in self._seen])
+            self._mean_cost = float(cost[:, -1].mean())
+            self._sample = Bids(np.array([seen[2] for seen in self._seen]), cost, np.full(len(cost), self._attainment))
+            self._sample_cost = cost
+
+    def clear(self, outlook: Outlook, bids: Bids) -> None:
+        """Move the level towards where demand meets supply."""
+        view = outlook.view
+        if self._sample is None:
+            return
+        allowed = [seen[1] for seen in self._seen if np.isfinite(seen[1])]
+        horizon = self._horizon * (float(np.mean(allowed)) if allowed else 1.0)
+        levels = np.unique(np.clip(self.level + _STEPS, 0, LEVELS - 1))
+        prices = self.prices(levels)
+        place, given_up = bids.at(prices)
+        takes = ~given_up & view.budgeted
+        every = np.arange(len(view))
+        demand = np.where(takes, outlook.cost[every, place], 0.0).sum(1)
+        if len(self._seen) >= _FEW:
+            place, given_up = self._sample.at(prices)
+            each = np.where(given_up, 0.0, self._sample_cost[np.arange(len(self._seen)), place]).mean(1)
+            rate = len(self._seen) / max(view.now - self._seen[0][0], 1e-9)
+            demand = demand + each * rate * horizon
+        fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
+        self.level = int(levels[fits[0]] if len(fits) else levels[-1])
