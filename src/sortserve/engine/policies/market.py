@@ -17,25 +17,36 @@ from sortserve.engine.rungs import Bools, Floats, Ints
 LEVELS = 48
 PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
 """Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
-_STEPS = np.array([-4, -2, -1, 0, 1, 2, 4])  # levels that are looked at in one decision
+_STEPS = (-3, -1, 0, 1, 4)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
 _FEW = 8  # arrivals before which nothing is foreseen
 
 
 class Bids:
-    """What n requests would take at any price. Rows of the arrays; places dearest first, so that the best wins ties."""
+    """What n requests would take at any price."""
 
     def __init__(self, worth: Floats, cost: Floats, kept: Floats) -> None:
         """`worth` [n, places] mean quality, -inf where barred; `cost` [n, places] seconds; `kept` [n] what a kept budget
         is worth beside quality; inf: never given up."""
-        self._worth, self._cost, self._kept = worth[:, ::-1], cost[:, ::-1], kept
+        self._worth, self._cost = np.ascontiguousarray(worth.T), np.ascontiguousarray(cost.T)
+        self._kept = kept
+        # from the best place down, so that it wins ties, without those that nobody may take
+        self._places = np.flatnonzero(np.isfinite(self._worth).any(axis=1))[::-1].tolist()
 
-    def at(self, prices: Floats) -> tuple[Ints, Bools]:
-        """At prices [k], in quality a second: places [k, n], and who is given up [k, n]."""
-        priced = self._worth - prices[:, None, None] * self._cost
-        best = priced.argmax(-1)
-        value = np.take_along_axis(priced, best[..., None], -1)[..., 0]
-        return self._worth.shape[1] - 1 - best, value + self._kept < 0
+    def at(self, prices: Floats) -> tuple[Ints, Bools, Floats]:
+        """At prices [k], in quality a second: places [k, n], who is given up [k, n], and the cost [k, n], 0 for them."""
+        shape = (len(prices), len(self._kept))
+        place, cost = np.zeros(shape, np.int64), np.zeros(shape)
+        most = np.full(shape, -np.inf)
+        for candidate in self._places:  # a handful; whole rows at a time
+            value = self._worth[candidate] - prices[:, None] * self._cost[candidate]
+            better = value > most
+            np.copyto(most, value, where=better)
+            np.copyto(place, candidate, where=better)
+            np.copyto(cost, np.broadcast_to(self._cost[candidate], shape), where=better)
+        given_up = most + self._kept < 0
+        cost[given_up] = 0.0
+        return place, given_up, cost
 
 
 class Market:
@@ -48,7 +59,7 @@ class Market:
         self._newest = -np.inf
         self._mean_cost = 0.0  # seconds of machine time
         self._sample: Bids | None = None
-        self._sample_cost: Floats = np.zeros((0, 0))
+        self._allowed = 1.0  # seconds from arrival to deadline, on average
 
     def prices(self, levels: Ints) -> Floats:
         """[k] in quality a second."""
@@ -71,25 +82,20 @@ class Market:
             cost = np.array([seen[3] for seen in self._seen])
             self._mean_cost = float(cost[:, -1].mean())
             self._sample = Bids(np.array([seen[2] for seen in self._seen]), cost, np.full(len(cost), self._attainment))
-            self._sample_cost = cost
+            allowed = [seen[1] for seen in self._seen if np.isfinite(seen[1])]
+            self._allowed = float(np.mean(allowed)) if allowed else 1.0
 
     def clear(self, outlook: Outlook, bids: Bids) -> None:
         """Move the level towards where demand meets supply."""
         view = outlook.view
         if self._sample is None:
             return
-        allowed = [seen[1] for seen in self._seen if np.isfinite(seen[1])]
-        horizon = self._horizon * (float(np.mean(allowed)) if allowed else 1.0)
-        levels = np.unique(np.clip(self.level + _STEPS, 0, LEVELS - 1))
+        horizon = self._horizon * self._allowed
+        levels = np.array(sorted({min(max(self.level + step, 0), LEVELS - 1) for step in _STEPS}))
         prices = self.prices(levels)
-        place, given_up = bids.at(prices)
-        takes = ~given_up & view.budgeted
-        every = np.arange(len(view))
-        demand = np.where(takes, outlook.cost[every, place], 0.0).sum(1)
+        demand = bids.at(prices)[2] @ view.budgeted.astype(np.float64)
         if len(self._seen) >= _FEW:
-            place, given_up = self._sample.at(prices)
-            each = np.where(given_up, 0.0, self._sample_cost[np.arange(len(self._seen)), place]).mean(1)
             rate = len(self._seen) / max(view.now - self._seen[0][0], 1e-9)
-            demand = demand + each * rate * horizon
+            demand = demand + self._sample.at(prices)[2].mean(1) * rate * horizon
         fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
         self.level = int(levels[fits[0]] if len(fits) else levels[-1])

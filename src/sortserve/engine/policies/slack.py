@@ -44,16 +44,16 @@ class Setting:
 
 
 @lru_cache(maxsize=4096)
-def neighbours(setting: Setting, places: int) -> tuple[Setting, ...]:
-    """The setting itself first, then those next to it."""
-    tries = [
-        setting,
-        *(replace(setting, surcharge=min(max(setting.surcharge + d, 0), LEVELS - 1)) for d in (-1, -4, 2, 8)),
-        *(replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3)),
-        *(replace(setting, part=min(max(setting.part + d, 0), len(_PARTS) - 1)) for d in (-1, 1)),
-        replace(setting, pause=not setting.pause),
-    ]
-    return tuple(dict.fromkeys(tries))
+def neighbours(setting: Setting, places: int, turn: int) -> tuple[Setting, ...]:
+    """The setting itself first, then those next to it in one of the directions, by turns: forecasts take time."""
+    if turn % 3 == 0:
+        moved = (replace(setting, surcharge=min(max(setting.surcharge + d, 0), LEVELS - 1)) for d in (-2, 2, 8))
+    elif turn % 3 == 1:
+        moved = (replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3))
+    else:
+        parts = (replace(setting, part=min(max(setting.part + d, 0), len(_PARTS) - 1)) for d in (-1, 1))
+        moved = iter((*parts, replace(setting, pause=not setting.pause)))
+    return tuple(dict.fromkeys((setting, *moved)))
 
 
 class Slack:
@@ -91,10 +91,11 @@ class Slack:
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
         self._market.clear(outlook, bids)
-        settings = neighbours(self._setting, len(view.rungs.exits))
-        levels = np.array([min(self._market.level + s.surcharge, LEVELS - 1) for s in settings])
-        asked, which = np.unique(levels, return_inverse=True)
-        place, dropped = (answer[which] for answer in bids.at(self._market.prices(asked)))
+        settings = neighbours(self._setting, len(view.rungs.exits), self._clock.decisions)
+        levels = [min(self._market.level + s.surcharge, LEVELS - 1) for s in settings]
+        asked = sorted(set(levels))
+        which = [asked.index(level) for level in levels]
+        place, dropped, _ = (answer[which] for answer in bids.at(self._market.prices(np.array(asked))))
         cap = view.rungs.full - np.array([s.below_full for s in settings])
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
         dropped |= outlook.hopeless(view.floor)
@@ -132,9 +133,8 @@ class Slack:
     def _bids(self, outlook: Outlook, worth: Floats) -> Bids:
         view = outlook.view
         # what a promotion costs beyond going on as before counts twice: the price may fall again before it paid back
-        now = np.take_along_axis(outlook.cost, np.maximum(view.place, 0)[:, None], axis=1)
-        above = (np.arange(len(view.rungs.exits)) > view.place[:, None]) & (view.place != NEVER_RAN)[:, None]
-        cost = outlook.cost + np.where(above, np.maximum(outlook.cost - now, 0.0), 0.0)
+        now = outlook.cost[np.arange(len(view)), np.where(view.place == NEVER_RAN, view.rungs.full, view.place)]
+        cost = outlook.cost + np.maximum(outlook.cost - now[:, None], 0.0)
         # equals differ a little, or all would be given up at once
         kept = self._attainment * (0.8 + 0.4 * np.modf(np.abs(view.arrival) * 7919.0)[0])
         return Bids(worth, cost, np.where(view.budgeted, kept, np.inf))
