@@ -19,7 +19,6 @@ PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
 """Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
 _STEPS = (-3, -1, 0, 1, 4)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
-_FEW = 8  # arrivals before which nothing is foreseen
 
 
 class Bids:
@@ -57,6 +56,8 @@ class Market:
         self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
         self._seen: deque[tuple[float, float, Floats, Floats]] = deque(maxlen=_SEEN)  # arrival, time allowed, worth, cost
         self._newest = -np.inf
+        self._recent = 0.0  # arrivals, each counting less the longer ago
+        self._recent_at = 0.0
         self._mean_cost = 0.0  # seconds of machine time
         self._sample: Bids | None = None
         self._allowed = 1.0  # seconds from arrival to deadline, on average
@@ -68,15 +69,19 @@ class Market:
     def learn(self, outlook: Outlook, worth: Floats) -> None:
         """Take note of who came since the last time. A clock that was set back starts anew."""
         view = outlook.view
-        if view.now < self._newest:
+        if view.now < self._recent_at:
             self._newest = -np.inf
-            self._seen.clear()
+            self._recent = 0.0
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
         for i in new[np.argsort(view.arrival[new])].tolist():
             allowed = float(view.last_due[i] - view.arrival[i])
             if not np.isfinite(allowed):  # the clock of its tokens starts with the first one
                 allowed = float(view.first_due[i] - view.arrival[i])
             self._seen.append((float(view.arrival[i]), allowed, worth[i], outlook.cost[i]))
+        span = self._horizon * self._allowed
+        self._recent *= float(np.exp(-(view.now - self._recent_at) / span))
+        self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())
+        self._recent_at = view.now
         if len(new):
             self._newest = float(view.arrival[new].max())
             cost = np.array([seen[3] for seen in self._seen])
@@ -94,8 +99,7 @@ class Market:
         levels = np.array(sorted({min(max(self.level + step, 0), LEVELS - 1) for step in _STEPS}))
         prices = self.prices(levels)
         demand = bids.at(prices)[2] @ view.budgeted.astype(np.float64)
-        if len(self._seen) >= _FEW:
-            rate = len(self._seen) / max(view.now - self._seen[0][0], 1e-9)
-            demand = demand + self._sample.at(prices)[2].mean(1) * rate * horizon
+        # by the decay over one horizon, the recent ones are as many as come in a horizon at a steady rate
+        demand = demand + self._sample.at(prices)[2].mean(1) * self._recent
         fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
         self.level = int(levels[fits[0]] if len(fits) else levels[-1])

@@ -49,7 +49,8 @@ def neighbours(setting: Setting, places: int, turn: int) -> tuple[Setting, ...]:
     if turn % 3 == 0:
         moved = (replace(setting, surcharge=min(max(setting.surcharge + d, 0), LEVELS - 1)) for d in (-2, 2, 8))
     elif turn % 3 == 1:
-        moved = (replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3))
+        lower = [replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3)]
+        moved = iter((*lower, *(replace(s, pause=True) for s in lower[1:])))  # one without the other may help nobody
     else:
         parts = (replace(setting, part=min(max(setting.part + d, 0), len(_PARTS) - 1)) for d in (-1, 1))
         moved = iter((*parts, replace(setting, pause=not setting.pause)))
@@ -61,7 +62,7 @@ class Slack:
 
     `margin`: how much longer than predicted everything may take before it counts as late; `relax_margin`: the same for a
     step back to more quality; `attainment`: what a kept budget is worth beside its quality; `horizon`: see `Market`, in
-    shares of the mean time allowed; `utilisation`: of the machine, that is sold; `hold_tokens`: between two changes of a
+    shares of the mean time allowed; `utilisation`: of it is sold, above 1 because what was sold last is not due at its end; `hold_tokens`: between two changes of a
     request, unless they go down; `turn`: see `Setting.pause`.
     """
 
@@ -72,8 +73,8 @@ class Slack:
         margin: float = 1.2,
         relax_margin: float = 1.4,
         attainment: float = 2.0,
-        horizon: float = 0.5,
-        utilisation: float = 0.95,
+        horizon: float = 1.0,
+        utilisation: float = 1.3,
         hold_tokens: int = 8,
         turn: int = 8,
     ) -> None:
@@ -81,17 +82,17 @@ class Slack:
         self._attainment, self._hold_tokens, self._turn = attainment, hold_tokens, turn
         self._setting = Setting()
         self._market = Market(horizon, utilisation, attainment)
-        self._clock = Clock()
+        self.clock = Clock()
 
     def decide(self, view: View) -> Decision:
         """See the module."""
-        outlook = self._clock.look(view)
+        outlook = self.clock.look(view)
         value = self._value(outlook)
         worth = self._worth(view, value)
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
         self._market.clear(outlook, bids)
-        settings = neighbours(self._setting, len(view.rungs.exits), self._clock.decisions)
+        settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
         levels = [min(self._market.level + s.surcharge, LEVELS - 1) for s in settings]
         asked = sorted(set(levels))
         which = [asked.index(level) for level in levels]
@@ -105,13 +106,13 @@ class Slack:
         forecast = outlook.foresee(tried, chunk)
         chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place))
         self._setting = settings[chosen]
-        self._clock.note(view, forecast, chosen, float(chunk[chosen]))
+        self.clock.note(view, forecast, chosen, float(chunk[chosen]))
         gone = dropped[chosen] | turned_away(outlook, forecast, len(settings), view.floor)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
-        if self._setting.pause and self._clock.decisions % self._turn and "sit_out" in view.capabilities:
+        if self._setting.pause and self.clock.decisions % self._turn and "sit_out" in view.capabilities:
             final = np.where(~view.budgeted & view.running, SITS_OUT, final)
-        return settle(outlook, final, reason, gone, int(chunk[chosen]), self._clock.decisions)
+        return settle(outlook, final, reason, gone, int(chunk[chosen]), self.clock.decisions)
 
     @staticmethod
     def _value(outlook: Outlook) -> Floats:
@@ -157,7 +158,9 @@ class Slack:
         every = np.arange(len(view))
         factor = outlook.factor * (outlook.prices.row[view.ceiling] / outlook.depth[view.ceiling])
         extra = (outlook.work[every, view.ceiling] - outlook.work[every, place]) * factor
-        own = forecast.last[chosen] + extra > view.last_due - view.now
+        alone = outlook.prices.alone * outlook.factor
+        slower = np.maximum(alone[view.ceiling] - alone[place], 0.0) * outlook.left
+        own = forecast.last[chosen] + np.maximum(extra, slower) > view.last_due - view.now
         own |= (forecast.first[chosen] + extra > view.first_due - view.now) & (view.num_output == 0)
         reason = np.where(own & view.budgeted, int(Reason.DEADLINE), int(Reason.OTHERS))
         reason = np.where((place == view.place) & (view.tokens_since_switch == 0), int(Reason.HOLD), reason)
