@@ -25,6 +25,7 @@ class Confidence:
     """See the module. `steepness` of the logistic function, whose middle is `threshold`."""
 
     name = "confidence"
+    wants_confidence = True  # of the back end: it costs a softmax a row
 
     def __init__(
         self, threshold: float = 0.8, signal: Signal = "maximum", q: float = 0.5, steepness: float = 12.0
