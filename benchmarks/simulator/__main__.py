@@ -139,7 +139,7 @@ def _markdown(
         "# Policies in the simulator",
         f"{sweep.MODEL} on {sweep.DEVICE}, Sorted LLaMA's ladder, {args.seconds:g} s of trace, {args.seeds} seeds, means "
         "with 95 % intervals. `bursts` are the trace's own arrivals, stretched to the load; `even` the same requests at "
-        "random times. All have budgets that may be refused (55 % TTFT and TPOT, 45 % total); a refused one counts as missed.",
+        "random times. All have budgets that may be refused (55 % TTFT and TPOT, 45 % total); refused is missed.",
         "Made by `python -m benchmarks.simulator --traces FOLDER`.",
     ]
     for trace in traces:

@@ -147,7 +147,7 @@ def test_at_twice_what_the_full_model_can_the_mix_is_the_best_by_hand() -> None:
 
 def test_requests_without_a_budget_take_their_work_by_the_time_patience_ends() -> None:
     config = little_config()
-    workload = little_workload(60, 5, rate=200.0, factor=1.5)
+    workload = little_workload(60, 5, rate=200.0)
     cost = table(config)
     free = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05).goodput
     charged = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.5).goodput
