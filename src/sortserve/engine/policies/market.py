@@ -19,8 +19,8 @@ PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
 """Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
 _STEPS = (-3, -1, 0, 1, 4)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
-_RATE_SHARE = 0.25  # of the mean time allowed: over which arrivals are counted
-_LEAST_KNOWN = 0.25  # a rate is not extrapolated from less than this share of that time
+_RATE_SHARE = 1.0  # of the mean time allowed: over which arrivals are counted
+_LEAST_KNOWN = 0.5  # a rate is not extrapolated from less than this share of that time
 
 
 class Bids:
@@ -67,6 +67,11 @@ class Market:
     def prices(self, levels: Ints) -> Floats:
         """[k] in quality a second."""
         return PRICES[levels] / max(self._mean_cost, 1e-9)
+
+    def price_of(self, share: Floats) -> Floats:
+        """What shares of the machine over the horizon are worth at the present price."""
+        worth: Floats = share * self._horizon * self._allowed * self.prices(np.array([self.level]))[0]
+        return worth
 
     def learn(self, outlook: Outlook, worth: Floats) -> None:
         """Take note of who came since the last time. A clock that was set back starts anew."""

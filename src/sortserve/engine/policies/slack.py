@@ -107,7 +107,8 @@ class Slack:
         tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None]])  # the last one: everybody at the floor
         chunk = np.array([_PARTS[s.part] for s in (*settings, self._setting)]) * view.step_tokens
         forecast = outlook.foresee(tried, chunk)
-        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place))
+        waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
+        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
         self._setting = settings[chosen]
         self.clock.note(view, forecast, chosen, float(chunk[chosen]))
         gone = dropped[chosen] | turned_away(outlook, forecast, len(settings), hopeless)
@@ -144,14 +145,21 @@ class Slack:
         return Bids(worth, cost, np.where(view.budgeted, kept, np.inf))
 
     def _best(
-        self, view: View, value: Floats, settings: tuple[Setting, ...], forecast: Forecast, place: Ints
+        self,
+        view: View,
+        value: Floats,
+        settings: tuple[Setting, ...],
+        forecast: Forecast,
+        place: Ints,
+        waste: Floats,
     ) -> int:
-        """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up."""
+        """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up; `waste` is what
+        short steps lose."""
         margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
         late = forecast.late(view, np.array([*margin, 1.0]))[:-1]
         counts = view.budgeted & (place >= 0) & ~late
         worth = np.where(counts, value[np.arange(len(view)), place] + self._attainment, 0.0).sum(1)
-        worth -= 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
+        worth -= waste[:-1] + 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
         return int(worth.argmax())
 
     @staticmethod
