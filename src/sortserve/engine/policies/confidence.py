@@ -48,7 +48,7 @@ class Confidence:
         place = np.clip(np.where(known, wanted, view.ceiling), view.floor, view.ceiling)
         forecast = outlook.foresee(place[None], chunks(view, 1))
         self._clock.note(view, forecast, 0, view.step_tokens)
-        dropped = turned_away(outlook, forecast, 0, view.ceiling)
+        dropped = turned_away(outlook, forecast, 0, outlook.hopeless(view.ceiling))
         reason = reasons(view, place, Reason.CONFIDENCE)
         return settle(outlook, place, reason, dropped, view.step_tokens, self._clock.decisions)
 

@@ -19,6 +19,8 @@ PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
 """Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
 _STEPS = (-3, -1, 0, 1, 4)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
+_RATE_SHARE = 1.0  # of the mean time allowed: over which arrivals are counted
+_LEAST_KNOWN = 0.5  # a rate is not extrapolated from less than this share of that time
 
 
 class Bids:
@@ -57,7 +59,7 @@ class Market:
         self._seen: deque[tuple[float, float, Floats, Floats]] = deque(maxlen=_SEEN)  # arrival, time allowed, worth, cost
         self._newest = -np.inf
         self._recent = 0.0  # arrivals, each counting less the longer ago
-        self._recent_at = 0.0
+        self._recent_at = self._since = 0.0
         self._mean_cost = 0.0  # seconds of machine time
         self._sample: Bids | None = None
         self._allowed = 1.0  # seconds from arrival to deadline, on average
@@ -66,19 +68,25 @@ class Market:
         """[k] in quality a second."""
         return PRICES[levels] / max(self._mean_cost, 1e-9)
 
+    def price_of(self, share: Floats) -> Floats:
+        """What shares of the machine over the horizon are worth at the present price."""
+        worth: Floats = share * self._horizon * self._allowed * self.prices(np.array([self.level]))[0]
+        return worth
+
     def learn(self, outlook: Outlook, worth: Floats) -> None:
         """Take note of who came since the last time. A clock that was set back starts anew."""
         view = outlook.view
-        if view.now < self._recent_at:
+        if view.now < self._recent_at or not self._seen:
             self._newest = -np.inf
             self._recent = 0.0
+            self._since = view.now
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
         for i in new[np.argsort(view.arrival[new])].tolist():
             allowed = float(view.last_due[i] - view.arrival[i])
             if not np.isfinite(allowed):  # the clock of its tokens starts with the first one
                 allowed = float(view.first_due[i] - view.arrival[i])
             self._seen.append((float(view.arrival[i]), allowed, worth[i], outlook.cost[i]))
-        span = self._horizon * self._allowed
+        span = _RATE_SHARE * self._allowed
         self._recent *= float(np.exp(-(view.now - self._recent_at) / span))
         self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())
         self._recent_at = view.now
@@ -99,7 +107,8 @@ class Market:
         levels = np.array(sorted({min(max(self.level + step, 0), LEVELS - 1) for step in _STEPS}))
         prices = self.prices(levels)
         demand = bids.at(prices)[2] @ view.budgeted.astype(np.float64)
-        # by the decay over one horizon, the recent ones are as many as come in a horizon at a steady rate
-        demand = demand + self._sample.at(prices)[2].mean(1) * self._recent
+        span = _RATE_SHARE * self._allowed
+        known = max(1.0 - float(np.exp(-(view.now - self._since) / span)), _LEAST_KNOWN)
+        demand = demand + self._sample.at(prices)[2].mean(1) * (self._recent / (span * known) * horizon)
         fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
         self.level = int(levels[fits[0]] if len(fits) else levels[-1])

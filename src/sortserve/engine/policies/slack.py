@@ -45,15 +45,17 @@ class Setting:
 
 @lru_cache(maxsize=4096)
 def neighbours(setting: Setting, places: int, turn: int) -> tuple[Setting, ...]:
-    """The setting itself first, then those next to it in one of the directions, by turns: forecasts take time."""
-    if turn % 3 == 0:
-        moved = (replace(setting, surcharge=min(max(setting.surcharge + d, 0), LEVELS - 1)) for d in (-2, 2, 8))
-    elif turn % 3 == 1:
-        lower = [replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3)]
-        moved = iter((*lower, *(replace(s, pause=True) for s in lower[1:])))  # one without the other may help nobody
-    else:
-        parts = (replace(setting, part=min(max(setting.part + d, 0), len(_PARTS) - 1)) for d in (-1, 1))
-        moved = iter((*parts, replace(setting, pause=not setting.pause)))
+    """The setting itself first, then those next to it in one of the directions, by turns: forecasts take time. In every
+    second turn only the setting itself."""
+    moved: list[Setting] = []
+    if turn % 6 == 1:
+        moved = [replace(setting, surcharge=min(max(setting.surcharge + d, 0), LEVELS - 1)) for d in (-2, 2, 8)]
+    elif turn % 6 == 3:
+        moved = [replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3)]
+        moved += [replace(s, pause=True) for s in moved[1:]]  # one without the other may help nobody
+    elif turn % 6 == 5:
+        moved = [replace(setting, part=min(max(setting.part + d, 0), len(_PARTS) - 1)) for d in (-1, 1)]
+        moved.append(replace(setting, pause=not setting.pause))
     return tuple(dict.fromkeys((setting, *moved)))
 
 
@@ -99,15 +101,17 @@ class Slack:
         place, dropped, _ = (answer[which] for answer in bids.at(self._market.prices(np.array(asked))))
         cap = view.rungs.full - np.array([s.below_full for s in settings])
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
-        dropped |= outlook.hopeless(view.floor)
+        hopeless = outlook.hopeless(view.floor)
+        dropped |= hopeless
         sits = dropped | (np.array([s.pause for s in settings])[:, None] & ~view.budgeted & view.running)
         tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None]])  # the last one: everybody at the floor
         chunk = np.array([_PARTS[s.part] for s in (*settings, self._setting)]) * view.step_tokens
         forecast = outlook.foresee(tried, chunk)
-        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place))
+        waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
+        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
         self._setting = settings[chosen]
         self.clock.note(view, forecast, chosen, float(chunk[chosen]))
-        gone = dropped[chosen] | turned_away(outlook, forecast, len(settings), view.floor)
+        gone = dropped[chosen] | turned_away(outlook, forecast, len(settings), hopeless)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
         if self._setting.pause and self.clock.decisions % self._turn and "sit_out" in view.capabilities:
@@ -141,20 +145,30 @@ class Slack:
         return Bids(worth, cost, np.where(view.budgeted, kept, np.inf))
 
     def _best(
-        self, view: View, value: Floats, settings: tuple[Setting, ...], forecast: Forecast, place: Ints
+        self,
+        view: View,
+        value: Floats,
+        settings: tuple[Setting, ...],
+        forecast: Forecast,
+        place: Ints,
+        waste: Floats,
     ) -> int:
-        """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up."""
+        """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up; `waste` is what
+        short steps lose."""
         margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
         late = forecast.late(view, np.array([*margin, 1.0]))[:-1]
         counts = view.budgeted & (place >= 0) & ~late
         worth = np.where(counts, value[np.arange(len(view)), place] + self._attainment, 0.0).sum(1)
-        worth -= 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
+        worth -= waste[:-1] + 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
         return int(worth.argmax())
 
     @staticmethod
     def _reasons(outlook: Outlook, forecast: Forecast, chosen: int, place: Ints) -> Ints:
         """[n] its own deadline if it would miss that at its ceiling with everything else as it is, else the others'."""
         view = outlook.view
+        best = np.where(view.floor == view.ceiling, int(Reason.PINNED), int(Reason.BEST))
+        if (place == view.ceiling).all():
+            return best
         every = np.arange(len(view))
         factor = outlook.factor * (outlook.prices.row[view.ceiling] / outlook.depth[view.ceiling])
         extra = (outlook.work[every, view.ceiling] - outlook.work[every, place]) * factor
@@ -164,5 +178,4 @@ class Slack:
         own |= (forecast.first[chosen] + extra > view.first_due - view.now) & (view.num_output == 0)
         reason = np.where(own & view.budgeted, int(Reason.DEADLINE), int(Reason.OTHERS))
         reason = np.where((place == view.place) & (view.tokens_since_switch == 0), int(Reason.HOLD), reason)
-        best = np.where(view.floor == view.ceiling, int(Reason.PINNED), int(Reason.BEST))
         return np.where(place == view.ceiling, best, reason)

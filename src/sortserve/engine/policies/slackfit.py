@@ -43,7 +43,7 @@ class SlackFit:
         else:
             chosen = int(np.lexsort((chunk, stretch))[-1])
         self._clock.note(view, forecast, chosen, float(chunk[chosen]))
-        dropped = turned_away(outlook, forecast, chosen, view.floor)
+        dropped = turned_away(outlook, forecast, chosen, hopeless)
         reason = reasons(view, place[chosen], Reason.DEADLINE)
         return settle(outlook, place[chosen], reason, dropped, int(chunk[chosen]), self._clock.decisions)
 
