@@ -20,6 +20,7 @@ from sortserve.engine.errors import (
     RequestError,
     SortServeError,
 )
+from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import Plan
@@ -70,6 +71,7 @@ class Drive:
         ladder: Ladder = LADDER,
         timed: bool = False,
         ask_every: int = 1,
+        beside: bool = False,
     ) -> None:
         self.ladder = ladder
         self.kv = KVManager(GEOMETRY, num_pages)
@@ -90,6 +92,7 @@ class Drive:
             self.scheduler.cost = step_cost(ladder)
         self.max_cost = max_step_tokens * SHAPE.num_layers
         self.max_running = max_running
+        self.beside = beside  # whether bookkeeping is done while the runner works, else after
         self.runner = FakeRunner()
         self.now = 100.0
         self.steps = 0
@@ -143,11 +146,13 @@ class Drive:
             return None
         self.check_plan(plan)
         self.steps += 1
+        if self.beside:
+            self.scheduler.beside(plan, self.now)
+            self.scheduler.check_integrity()
         result = self.runner.run(plan, self.scheduler.requests)
         cost = self.scheduler.cost
         if cost is not None:
-            assert plan.shape is not None
-            self.now += float(cost.seconds(plan.shape))
+            self.now += float(cost.seconds(shape_of_parts(self.scheduler.rungs, plan.sequences)))
         between()
         self.take(self.scheduler.update(plan, result, self.now))
         self.scheduler.check_integrity()
@@ -207,7 +212,15 @@ def test_every_request_ends_exactly_once(rng: random.Random) -> None:
     random_schedule(rng)
 
 
-def random_schedule(rng: random.Random) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32).map(random.Random))
+def test_every_request_ends_where_decisions_are_repeated(beside: bool, rng: random.Random) -> None:
+    """What is booked and laid out beside a running step is as good as what is planned after it."""
+    random_schedule(rng, ask_every=4, beside=beside)
+
+
+def random_schedule(rng: random.Random, ask_every: int = 1, beside: bool = False) -> None:
     """Random submits, aborts (also while the runner works), switches and ends, down to pools that hold one sequence."""
     policy = WantedPolicy()
     drive = Drive(
@@ -217,6 +230,8 @@ def random_schedule(rng: random.Random) -> None:
         max_running=rng.choice([1, 2, 8]),
         max_waiting=6,
         eos=(canned_token(9), canned_token(13)),
+        ask_every=ask_every,
+        beside=beside,
     )
 
     def abort_one() -> None:
