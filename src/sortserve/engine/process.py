@@ -104,7 +104,7 @@ def serve_engine(endpoint: str) -> int:
             socket.send(messages.encode(NotLoaded(type(error).__name__, error.message, error.param)))
             return 2
         gc.collect()
-        gc.freeze()  # what was loaded stays: looking through it again and again for garbage cost up to 9 ms of a step
+        gc.freeze()  # what was loaded stays: it need not be looked through for garbage again and again
         socket.send(messages.encode(Loaded(engine.info)))
         try:
             EngineLoop(engine, socket).run()
