@@ -21,13 +21,14 @@ def refusable(view: View) -> Bools:
     return view.strict & view.budgeted & (view.place == NEVER_RAN)
 
 
-def turned_away(outlook: Outlook, forecast: Forecast, chosen: int, lowest: Ints) -> Bools:
-    """[n] those that nothing helps at their `lowest` place, and of those that wait so many as are predicted to miss, the
-    latest comers first. Of many late ones half are taken, since the others are then less late; the next step looks again.
+def turned_away(outlook: Outlook, forecast: Forecast, chosen: int, hopeless: Bools) -> Bools:
+    """[n] the `hopeless` that have not begun, and of those that wait so many as are predicted to miss
+    themselves, the latest comers first. Of many late ones half are taken, since the others are then less late; the next step
+    looks again. Who runs and will miss is no reason to turn others away: their coming was foreseen when it was let in.
     """
     view = outlook.view
-    away = outlook.hopeless(lowest) & ~view.running
-    late = forecast.late(view)[chosen] & view.budgeted & ~away
+    away = hopeless & ~view.running
+    late = forecast.late(view)[chosen] & view.budgeted & ~view.running & ~away
     if not late.any():
         return away
     last_due = view.next_due[late].max()
@@ -50,9 +51,7 @@ def overdue_turn(view: View, dropped: Bools, decisions: int) -> Bools:
     return waited > PATIENCE_SECONDS
 
 
-def settle(
-    outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_tokens: int, decisions: int
-) -> Decision:
+def settle(outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_tokens: int, decisions: int) -> Decision:
     """The decision, in which the `dropped` ones are refused or served last at the place given for them."""
     view = outlook.view
     refuse = dropped & refusable(view)

@@ -25,6 +25,7 @@ class Confidence:
     """See the module. `steepness` of the logistic function, whose middle is `threshold`."""
 
     name = "confidence"
+    wants_confidence = True  # of the back end: it costs a softmax a row
 
     def __init__(
         self, threshold: float = 0.8, signal: Signal = "maximum", q: float = 0.5, steepness: float = 12.0
@@ -47,7 +48,7 @@ class Confidence:
         place = np.clip(np.where(known, wanted, view.ceiling), view.floor, view.ceiling)
         forecast = outlook.foresee(place[None], chunks(view, 1))
         self._clock.note(view, forecast, 0, view.step_tokens)
-        dropped = turned_away(outlook, forecast, 0, view.ceiling)
+        dropped = turned_away(outlook, forecast, 0, outlook.hopeless(view.ceiling))
         reason = reasons(view, place, Reason.CONFIDENCE)
         return settle(outlook, place, reason, dropped, view.step_tokens, self._clock.decisions)
 

@@ -90,6 +90,14 @@ class Outlook:
         work[tied] = np.where(again, redone, work[tied])
         rows[tied] = np.where(again, known, rows[tied])
 
+    def whole_cost(self) -> Floats:
+        """[n] seconds of machine time of the whole request on its ceiling, from the first token to the last."""
+        view, prices, at = self.view, self.prices, self.view.ceiling
+        prompt, answer = view.num_prompt, view.num_output + self.left
+        tokens = prices.row[at] + prices.context[at] * (prompt + answer / 2) + prices.sample
+        cost: Floats = prompt * (prices.row[at] + prices.pair[at] * prompt / 2) + answer * tokens
+        return cost
+
     def hopeless(self, place: Ints) -> Bools:
         """[n] who misses its deadline at `place` even if the machine had nothing else to do."""
         view = self.view
