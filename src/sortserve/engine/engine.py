@@ -6,6 +6,7 @@ plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = schedule
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -14,6 +15,7 @@ import torch
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
@@ -21,7 +23,7 @@ from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import StepRunner
+from sortserve.engine.plan import Plan, StepRunner
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.profile_cache import fitted
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 MOST_KV_BYTES = 2 << 30
 """K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
+LONG_STEP_SECONDS = 0.02
+"""Bookkeeping is done beside steps at least so long: Python's lock is free most of such a step, not of a short one."""
 SMALL_LAYER = 1 << 20
 """Weights of a layer under which one thread is used: two gain at most a quarter on the bundled model, and beside one
 other busy process their barriers made a step of 1.5 ms take 104."""
@@ -54,6 +58,7 @@ class Engine:
     info: EngineInfo
     scheduler: Scheduler
     runner: StepRunner
+    helper: ThreadPoolExecutor  # one thread, for bookkeeping beside a long step; it never calls torch
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Engine":
@@ -115,7 +120,7 @@ class Engine:
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
         )
-        engine = cls(config, model_config, info, scheduler, runner)
+        engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
         if simulated is not None:
             scheduler.cost = CostModel(simulated.cost)
         elif config.warmup:
@@ -128,11 +133,27 @@ class Engine:
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
             return self.scheduler.take_events()
-        result = self.runner.run(plan)
-        events = self.scheduler.update(plan, result, time.monotonic())
-        if self.cost is not None and plan.shape is not None:
-            self.cost.observe(plan.shape, result.seconds)
-        return events
+        cost, beside = self.cost, None
+        if cost is not None and cost.last_seconds >= LONG_STEP_SECONDS:
+            beside = self.helper.submit(self._beside, plan, time.monotonic() + cost.last_seconds)
+        try:
+            result = self.runner.run(plan)
+        finally:
+            if beside is not None:
+                beside.result()
+        now = time.monotonic()
+        shape = self._beside(plan, now) if beside is None else beside.result()
+        if cost is not None and shape is not None:
+            cost.note(shape, result.seconds)
+        return self.scheduler.update(plan, result, now)
+
+    def _beside(self, plan: Plan, now: float) -> StepShape | None:
+        """What need not wait for the end of a running plan. Returns its shape, where its time is to be learned from."""
+        self.scheduler.beside(plan, now)
+        if self.cost is None:
+            return None
+        self.cost.learn()
+        return shape_of_parts(self.scheduler.rungs, plan.sequences)
 
     @property
     def cost(self) -> CostModel | None:
@@ -142,6 +163,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The scheduler's, and how well steps are predicted."""
+        if self.cost is not None:
+            self.cost.learn()
         errors = {} if self.cost is None else self.cost.errors()
         return msgspec.structs.replace(
             self.scheduler.stats(),
@@ -150,6 +173,8 @@ class Engine:
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id."""
+        if self.cost is not None:
+            self.cost.learn()
         return self.scheduler.predict(prompt_tokens)
 
     # ---- warm-up
