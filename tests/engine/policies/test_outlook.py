@@ -22,12 +22,13 @@ def states(draw: st.DrawFn) -> tuple[Rungs, list[dict[str, object]]]:
     rungs = draw(st.sampled_from([DEPTHS, WIDTHS]))
     requests: list[dict[str, object]] = []
     for _ in range(draw(st.integers(1, 5))):
-        fields: dict[str, object] = {"num_prompt": draw(st.integers(1, 20))}
+        prompt = draw(st.integers(1, 20))
+        fields: dict[str, object] = {"num_prompt": prompt}
         if draw(st.booleans()):
             place = draw(st.integers(0, rungs.full))
-            known = int(fields["num_prompt"]) + draw(st.integers(0, 5))  # type: ignore[call-overload]
+            known = prompt + draw(st.integers(0, 5))
             marks = sorted((draw(st.integers(0, known)) for _ in range(rungs.num_segments)), reverse=True)
-            fields |= {"place": place, "running": True, "num_output": known - fields["num_prompt"]}  # type: ignore[operator]
+            fields |= {"place": place, "running": True, "num_output": known - prompt}
             fields |= {"computed": np.array(marks), "exact": draw(st.booleans()), "resumable": draw(st.booleans())}
         else:
             fields["cached"] = np.array([draw(st.integers(0, 20)) for _ in rungs.exits])
@@ -81,7 +82,9 @@ def test_who_sits_out_gets_nothing_and_costs_nothing() -> None:
 def test_nobody_starts_before_there_is_a_place() -> None:
     many = [{"ran": 3}] * 4 + [{"num_prompt": 1, "total": 9.0}]
     full, free = view_of(*many, max_running=4), view_of(*many, max_running=5)
-    waits, starts = (outlook_of(view).foresee(np.full((1, 5), 3), np.array([64.0])).first[0, 4] for view in (full, free))
+    waits, starts = (
+        outlook_of(view).foresee(np.full((1, 5), 3), np.array([64.0])).first[0, 4] for view in (full, free)
+    )
     assert starts == pytest.approx(7e-3, rel=0.2)
     assert waits > 4 * starts
 
@@ -105,7 +108,9 @@ def test_costs_of_a_step_down_and_of_a_refill() -> None:
 def test_a_factor_scales_every_time() -> None:
     view = view_of({"ran": 3, "total": 1.0}, {"num_prompt": 200, "total": 1.0})
     prices = Prices.of(view.cost, view.rungs, 64)
-    one, three = (Outlook(view, prices, factor=factor).foresee(np.full((1, 2), 3), np.array([64.0])) for factor in (1, 3))
+    one, three = (
+        Outlook(view, prices, factor=factor).foresee(np.full((1, 2), 3), np.array([64.0])) for factor in (1, 3)
+    )
     assert three.last == pytest.approx(3 * one.last)
 
 

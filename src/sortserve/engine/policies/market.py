@@ -56,7 +56,9 @@ class Market:
     def __init__(self, horizon: float, utilisation: float, attainment: float) -> None:
         self.level = 0
         self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
-        self._seen: deque[tuple[float, float, Floats, Floats]] = deque(maxlen=_SEEN)  # arrival, time allowed, worth, cost
+        self._seen: deque[tuple[float, float, Floats, Floats]] = deque(
+            maxlen=_SEEN
+        )  # arrival, time allowed, worth, cost
         self._newest = -np.inf
         self._recent = 0.0  # arrivals, each counting less the longer ago
         self._recent_at = self._since = 0.0
@@ -82,10 +84,10 @@ class Market:
             self._since = view.now
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
         for i in new[np.argsort(view.arrival[new])].tolist():
-            allowed = float(view.last_due[i] - view.arrival[i])
-            if not np.isfinite(allowed):  # the clock of its tokens starts with the first one
-                allowed = float(view.first_due[i] - view.arrival[i])
-            self._seen.append((float(view.arrival[i]), allowed, worth[i], outlook.cost[i]))
+            allows = float(view.last_due[i] - view.arrival[i])
+            if not np.isfinite(allows):  # the clock of its tokens starts with the first one
+                allows = float(view.first_due[i] - view.arrival[i])
+            self._seen.append((float(view.arrival[i]), allows, worth[i], outlook.cost[i]))
         span = _RATE_SHARE * self._allowed
         self._recent *= float(np.exp(-(view.now - self._recent_at) / span))
         self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())

@@ -31,7 +31,9 @@ class Prices:
         """Ask for the times of 4 x places + 2 steps in one call."""
         runs, share = rungs.runs.astype(np.float64), rungs.share
         places = len(runs)
-        rows = np.concatenate([np.full(3 * places, float(step_tokens)), np.ones(places), [step_tokens, step_tokens / 2]])
+        rows = np.concatenate(
+            [np.full(3 * places, float(step_tokens)), np.ones(places), [step_tokens, step_tokens / 2]]
+        )
         at = np.concatenate([np.tile(np.arange(places), 4), [rungs.full] * 2])
         context, pairs, sampled = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
         context[places : 2 * places] = _MANY
