@@ -13,7 +13,7 @@ from sortserve.engine.rungs import Bools, Ints
 
 PATIENCE_SECONDS = 30.0
 SHARE_STEPS = 8
-"""One in so many steps is for those that waited for longer than the patience; two beyond twice it, four beyond four times."""
+"""One in so many steps is for those that waited longer than the patience; two beyond twice it, four beyond four times."""
 
 
 def refusable(view: View) -> Bools:

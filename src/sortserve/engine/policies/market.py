@@ -17,8 +17,9 @@ from sortserve.engine.rungs import Bools, Floats, Ints
 LEVELS = 48
 PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
 """Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
-_STEPS = (-3, -1, 0, 1, 4)  # levels that are looked at in one decision
+_STEPS = (-4, -1, 0, 1, 5)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
+_RENEW = 8  # arrivals after which it is worked out anew what they ask for
 _RATE_SHARE = 1.0  # of the mean time allowed: over which arrivals are counted
 _LEAST_KNOWN = 0.5  # a rate is not extrapolated from less than this share of that time
 
@@ -56,14 +57,13 @@ class Market:
     def __init__(self, horizon: float, utilisation: float, attainment: float) -> None:
         self.level = 0
         self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
-        self._seen: deque[tuple[float, float, Floats, Floats]] = deque(
-            maxlen=_SEEN
-        )  # arrival, time allowed, worth, cost
+        self._seen: deque[tuple[float, Floats, Floats]] = deque(maxlen=_SEEN)  # time allowed, worth, cost
+        self._unsorted = 0  # arrivals that `_each` does not know yet
         self._newest = -np.inf
         self._recent = 0.0  # arrivals, each counting less the longer ago
         self._recent_at = self._since = 0.0
         self._mean_cost = 0.0  # seconds of machine time
-        self._sample: Bids | None = None
+        self._each: Floats = np.zeros(LEVELS)  # seconds of machine time that a mean arrival asks for, by level
         self._allowed = 1.0  # seconds from arrival to deadline, on average
 
     def prices(self, levels: Ints) -> Floats:
@@ -87,30 +87,36 @@ class Market:
             allows = float(view.last_due[i] - view.arrival[i])
             if not np.isfinite(allows):  # the clock of its tokens starts with the first one
                 allows = float(view.first_due[i] - view.arrival[i])
-            self._seen.append((float(view.arrival[i]), allows, worth[i], outlook.cost[i]))
+            self._seen.append((allows, worth[i], outlook.cost[i]))
         span = _RATE_SHARE * self._allowed
         self._recent *= float(np.exp(-(view.now - self._recent_at) / span))
         self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())
         self._recent_at = view.now
         if len(new):
             self._newest = float(view.arrival[new].max())
-            cost = np.array([seen[3] for seen in self._seen])
-            self._mean_cost = float(cost[:, -1].mean())
-            self._sample = Bids(np.array([seen[2] for seen in self._seen]), cost, np.full(len(cost), self._attainment))
-            allowed = [seen[1] for seen in self._seen if np.isfinite(seen[1])]
-            self._allowed = float(np.mean(allowed)) if allowed else 1.0
+            self._unsorted += len(new)
+            if self._unsorted >= _RENEW or len(self._seen) <= _RENEW:
+                self._sort()
+
+    def _sort(self) -> None:
+        """What a mean arrival asks for."""
+        self._unsorted = 0
+        cost = np.array([seen[2] for seen in self._seen])
+        self._mean_cost = float(cost[:, -1].mean())
+        allowed = [seen[0] for seen in self._seen if np.isfinite(seen[0])]
+        self._allowed = float(np.mean(allowed)) if allowed else 1.0
+        bids = Bids(np.array([seen[1] for seen in self._seen]), cost, np.full(len(cost), self._attainment))
+        self._each = bids.at(self.prices(np.arange(LEVELS)))[2].mean(1)
 
     def clear(self, outlook: Outlook, bids: Bids) -> None:
         """Move the level towards where demand meets supply."""
         view = outlook.view
-        if self._sample is None:
+        if not self._seen:
             return
-        horizon = self._horizon * self._allowed
+        horizon, span = self._horizon * self._allowed, _RATE_SHARE * self._allowed
         levels = np.array(sorted({min(max(self.level + step, 0), LEVELS - 1) for step in _STEPS}))
-        prices = self.prices(levels)
-        demand = bids.at(prices)[2] @ view.budgeted.astype(np.float64)
-        span = _RATE_SHARE * self._allowed
         known = max(1.0 - float(np.exp(-(view.now - self._since) / span)), _LEAST_KNOWN)
-        demand = demand + self._sample.at(prices)[2].mean(1) * (self._recent / (span * known) * horizon)
+        coming = self._recent / (span * known) * horizon  # arrivals within the horizon
+        demand = bids.at(self.prices(levels))[2] @ view.budgeted.astype(np.float64) + self._each[levels] * coming
         fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
         self.level = int(levels[fits[0]] if len(fits) else levels[-1])

@@ -96,7 +96,8 @@ class Slack:
         worth = self._worth(view, value)
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
-        self._market.clear(outlook, bids)
+        if self.clock.decisions % 2 == 0:  # in turns with the search
+            self._market.clear(outlook, bids)
         settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
         levels = [min(self._market.level + s.surcharge, LEVELS - 1) for s in settings]
         asked = sorted(set(levels))
