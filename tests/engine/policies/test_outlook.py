@@ -81,7 +81,9 @@ def test_who_sits_out_gets_nothing_and_costs_nothing() -> None:
 def test_nobody_starts_before_there_is_a_place() -> None:
     many = [{"ran": 3}] * 4 + [{"num_prompt": 1, "total": 9.0}]
     full, free = view_of(*many, max_running=4), view_of(*many, max_running=5)
-    waits, starts = (outlook_of(view).foresee(np.full((1, 5), 3), np.array([64.0])).first[0, 4] for view in (full, free))
+    waits, starts = (
+        outlook_of(view).foresee(np.full((1, 5), 3), np.array([64.0])).first[0, 4] for view in (full, free)
+    )
     assert starts == pytest.approx(7e-3, rel=0.2)
     assert waits > 4 * starts
 
@@ -105,7 +107,9 @@ def test_costs_of_a_step_down_and_of_a_refill() -> None:
 def test_a_factor_scales_every_time() -> None:
     view = view_of({"ran": 3, "total": 1.0}, {"num_prompt": 200, "total": 1.0})
     prices = Prices.of(view.cost, view.rungs, 64)
-    one, three = (Outlook(view, prices, factor=factor).foresee(np.full((1, 2), 3), np.array([64.0])) for factor in (1, 3))
+    one, three = (
+        Outlook(view, prices, factor=factor).foresee(np.full((1, 2), 3), np.array([64.0])) for factor in (1, 3)
+    )
     assert three.last == pytest.approx(3 * one.last)
 
 

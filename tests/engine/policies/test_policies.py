@@ -133,7 +133,9 @@ def test_rows_without_a_budget_pause_but_not_for_ever() -> None:
 
 
 def test_a_back_end_that_cannot_leave_rows_out_gets_none_left_out() -> None:
-    view = view_of({"ran": FULL, "total": 0.09}, {"ran": FULL, "floor": FULL}, {"total": 0.01}, capabilities=frozenset())
+    view = view_of(
+        {"ran": FULL, "total": 0.09}, {"ran": FULL, "floor": FULL}, {"total": 0.01}, capabilities=frozenset()
+    )
     assert (decide("slack", view, 60).place >= 0).all()
 
 
@@ -178,7 +180,9 @@ def test_global_cap_falls_at_once_and_rises_a_place_at_a_time() -> None:
 
 
 def test_slackfit_takes_the_most_accurate_that_the_most_urgent_can_bear() -> None:
-    places = [int(decide("slackfit", view_of({"ran": FULL, "total": t}, {"total": 99.0})).place[0]) for t in (9, 0.095, 0.04)]
+    places = [
+        int(decide("slackfit", view_of({"ran": FULL, "total": t}, {"total": 99.0})).place[0]) for t in (9, 0.095, 0.04)
+    ]
     assert places[0] == FULL
     assert sorted(places, reverse=True) == places
     assert places[-1] == 0
