@@ -22,12 +22,13 @@ def states(draw: st.DrawFn) -> tuple[Rungs, list[dict[str, object]]]:
     rungs = draw(st.sampled_from([DEPTHS, WIDTHS]))
     requests: list[dict[str, object]] = []
     for _ in range(draw(st.integers(1, 5))):
-        fields: dict[str, object] = {"num_prompt": draw(st.integers(1, 20))}
+        prompt = draw(st.integers(1, 20))
+        fields: dict[str, object] = {"num_prompt": prompt}
         if draw(st.booleans()):
             place = draw(st.integers(0, rungs.full))
-            known = int(fields["num_prompt"]) + draw(st.integers(0, 5))  # type: ignore[call-overload]
+            known = prompt + draw(st.integers(0, 5))
             marks = sorted((draw(st.integers(0, known)) for _ in range(rungs.num_segments)), reverse=True)
-            fields |= {"place": place, "running": True, "num_output": known - fields["num_prompt"]}  # type: ignore[operator]
+            fields |= {"place": place, "running": True, "num_output": known - prompt}
             fields |= {"computed": np.array(marks), "exact": draw(st.booleans()), "resumable": draw(st.booleans())}
         else:
             fields["cached"] = np.array([draw(st.integers(0, 20)) for _ in rungs.exits])

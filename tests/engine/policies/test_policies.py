@@ -200,9 +200,9 @@ def test_confidence_runs_deeper_the_less_sure_it_is(signal: str) -> None:
 
 
 def test_names_and_options_are_checked() -> None:
-    with pytest.raises(ValueError, match="no policy 'best'; there are: fixed, reject-only, .*slack"):
+    with pytest.raises(ValueError, match=r"no policy 'best'; there are: fixed, reject-only, .*slack"):
         make_policy("best", DEPTHS)
-    with pytest.raises(ValueError, match="'slack'.*speed"):
+    with pytest.raises(ValueError, match=r"'slack'.*speed"):
         make_policy("slack", DEPTHS, speed=2)
     with pytest.raises(ValueError, match="threshold is 1"):
         make_policy("confidence", DEPTHS, threshold=1)

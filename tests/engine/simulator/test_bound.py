@@ -150,7 +150,7 @@ def test_requests_without_a_budget_take_their_work_by_the_time_patience_ends() -
     workload = little_workload(60, 5, rate=200.0)
     cost = table(config)
     free = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05).goodput
-    charged = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=2.0).goodput
+    charged = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.5).goodput
     hopeless = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.01).goodput
     assert charged < free - 0.1
     assert hopeless == pytest.approx(free), "what nobody can do is not asked for"

@@ -16,7 +16,7 @@ _BUSY_STEPS = 32.0  # steps over which the share of steps with prompts is smooth
 
 
 class Clock:
-    """Feedback that all predicting policies share. Keeps no requests, but for one row the time of arrival and tokens made."""
+    """Feedback that all predicting policies share. Keeps no requests; of one row the time of arrival and its tokens made."""
 
     def __init__(self) -> None:
         self.factor = 1.0  # measured over predicted, in [1/4, 4]

@@ -19,8 +19,8 @@ PRICES = np.concatenate([[0.0], 0.05 * 1.2 ** np.arange(1, LEVELS)])
 """Quality for the machine time of a mean request on its ceiling: from next to nothing to 260."""
 _STEPS = (-3, -1, 0, 1, 4)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
-_RATE_SHARE = 0.25  # of the mean time allowed: over which arrivals are counted
-_LEAST_KNOWN = 0.25  # a rate is not extrapolated from less than this share of that time
+_RATE_SHARE = 1.0  # of the mean time allowed: over which arrivals are counted
+_LEAST_KNOWN = 0.5  # a rate is not extrapolated from less than this share of that time
 
 
 class Bids:
@@ -56,7 +56,9 @@ class Market:
     def __init__(self, horizon: float, utilisation: float, attainment: float) -> None:
         self.level = 0
         self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
-        self._seen: deque[tuple[float, float, Floats, Floats]] = deque(maxlen=_SEEN)  # arrival, time allowed, worth, cost
+        self._seen: deque[tuple[float, float, Floats, Floats]] = deque(
+            maxlen=_SEEN
+        )  # arrival, time allowed, worth, cost
         self._newest = -np.inf
         self._recent = 0.0  # arrivals, each counting less the longer ago
         self._recent_at = self._since = 0.0
@@ -68,6 +70,11 @@ class Market:
         """[k] in quality a second."""
         return PRICES[levels] / max(self._mean_cost, 1e-9)
 
+    def price_of(self, share: Floats) -> Floats:
+        """What shares of the machine over the horizon are worth at the present price."""
+        worth: Floats = share * self._horizon * self._allowed * self.prices(np.array([self.level]))[0]
+        return worth
+
     def learn(self, outlook: Outlook, worth: Floats) -> None:
         """Take note of who came since the last time. A clock that was set back starts anew."""
         view = outlook.view
@@ -77,10 +84,10 @@ class Market:
             self._since = view.now
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
         for i in new[np.argsort(view.arrival[new])].tolist():
-            allowed = float(view.last_due[i] - view.arrival[i])
-            if not np.isfinite(allowed):  # the clock of its tokens starts with the first one
-                allowed = float(view.first_due[i] - view.arrival[i])
-            self._seen.append((float(view.arrival[i]), allowed, worth[i], outlook.cost[i]))
+            allows = float(view.last_due[i] - view.arrival[i])
+            if not np.isfinite(allows):  # the clock of its tokens starts with the first one
+                allows = float(view.first_due[i] - view.arrival[i])
+            self._seen.append((float(view.arrival[i]), allows, worth[i], outlook.cost[i]))
         span = _RATE_SHARE * self._allowed
         self._recent *= float(np.exp(-(view.now - self._recent_at) / span))
         self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())

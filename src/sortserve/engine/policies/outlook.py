@@ -150,7 +150,8 @@ class Outlook:
         flat = (place + places * np.arange(candidates)[:, None]).ravel()
 
         def by_place(weights: Floats) -> Floats:
-            return np.bincount(flat, weights.ravel(), candidates * places).reshape(candidates, places)
+            sums: Floats = np.bincount(flat, weights.ravel(), candidates * places).astype(np.float64, copy=False)
+            return sums.reshape(candidates, places)
 
         singles = by_place(single.astype(np.float64))
         context = by_place(np.where(single, self.known, 0.0))

@@ -1,14 +1,15 @@
 """`slack`: as many budgets kept as possible, and then as much quality, by a price for machine time that follows the load.
 
 Each request takes the place that maximises its mean quality minus the price of the machine time it still needs from its
-present state: prompt, refill or recompute, and answer. It is given up where even that, with what a kept budget is worth beside
-quality, is below nothing. So a long request steps down before a short one, work done already counts for going on with it, a
-promotion must pay back its refill, and a place below the line between its neighbours is never taken. By duality that is how
-the best solution of the fluid problem looks; `market.py` finds the price.
+present state: prompt, refill or recompute, and answer. It is given up where even that, with what a kept budget is worth
+beside quality, is below nothing. So a long request steps down before a short one, work done already counts for going on with
+it, a promotion must pay back its refill, and a place below the line between its neighbours is never taken. By duality that
+is how the best solution of the fluid problem looks; `market.py` finds the price.
 
-Prices know work, but not steps. What remains is searched from decision to decision among neighbours of the present setting, each
-of which is forecast: the rows of prompts in a step, a cap for all rows (a step is as slow as its deepest row, so at small batches
-only lowering all of them helps), whether rows without a budget pause, and a surcharge on the price while deadlines are at risk.
+Prices know work, but not steps. What remains is searched from decision to decision among neighbours of the present setting,
+each of which is forecast: the rows of prompts in a step, a cap for all rows (a step is as slow as its deepest row, so at
+small batches only lowering all of them helps), whether rows without a budget pause, and a surcharge on the price while
+deadlines are at risk.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from sortserve.engine.rungs import Floats, Ints
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)
 """Of the most rows that a step takes, for prompts and refills."""
+_FEW = 0.25
+"""The same where it is asked whether anything could still help a request that waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class Slack:
 
     `margin`: how much longer than predicted everything may take before it counts as late; `relax_margin`: the same for a
     step back to more quality; `attainment`: what a kept budget is worth beside its quality; `horizon`: see `Market`, in
-    shares of the mean time allowed; `utilisation`: of it is sold, above 1 because what was sold last is not due at its end; `hold_tokens`: between two changes of a
-    request, unless they go down; `turn`: see `Setting.pause`.
+    shares of the mean time allowed; `utilisation`: of it is sold, above 1 because what was sold last is not due at its end;
+    `hold_tokens`: between two changes of a request, unless they go down; `turn`: see `Setting.pause`.
     """
 
     name = "slack"
@@ -98,19 +101,23 @@ class Slack:
         levels = [min(self._market.level + s.surcharge, LEVELS - 1) for s in settings]
         asked = sorted(set(levels))
         which = [asked.index(level) for level in levels]
-        place, dropped, _ = (answer[which] for answer in bids.at(self._market.prices(np.array(asked))))
+        places, given_up, _ = bids.at(self._market.prices(np.array(asked)))
+        place, dropped = places[which], given_up[which]
         cap = view.rungs.full - np.array([s.below_full for s in settings])
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
         hopeless = outlook.hopeless(view.floor)
         dropped |= hopeless
         sits = dropped | (np.array([s.pause for s in settings])[:, None] & ~view.budgeted & view.running)
-        tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None]])  # the last one: everybody at the floor
-        chunk = np.array([_PARTS[s.part] for s in (*settings, self._setting)]) * view.step_tokens
+        # the last two: everybody at the floor, with as many rows of prompts as now, and with few
+        tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None], view.floor[None]])
+        chunk = np.array([*(_PARTS[s.part] for s in (*settings, self._setting)), _FEW]) * view.step_tokens
         forecast = outlook.foresee(tried, chunk)
-        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place))
+        waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
+        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
         self._setting = settings[chosen]
         self.clock.note(view, forecast, chosen, float(chunk[chosen]))
-        gone = dropped[chosen] | turned_away(outlook, forecast, len(settings), hopeless)
+        few, many = forecast.late(view)[-2:]
+        gone = dropped[chosen] | turned_away(outlook, few & many, hopeless)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
         if self._setting.pause and self.clock.decisions % self._turn and "sit_out" in view.capabilities:
@@ -144,14 +151,21 @@ class Slack:
         return Bids(worth, cost, np.where(view.budgeted, kept, np.inf))
 
     def _best(
-        self, view: View, value: Floats, settings: tuple[Setting, ...], forecast: Forecast, place: Ints
+        self,
+        view: View,
+        value: Floats,
+        settings: tuple[Setting, ...],
+        forecast: Forecast,
+        place: Ints,
+        waste: Floats,
     ) -> int:
-        """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up."""
+        """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up; `waste` is what
+        short steps lose."""
         margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
-        late = forecast.late(view, np.array([*margin, 1.0]))[:-1]
+        late = forecast.late(view, np.array([*margin, 1.0, 1.0]))[:-2]
         counts = view.budgeted & (place >= 0) & ~late
         worth = np.where(counts, value[np.arange(len(view)), place] + self._attainment, 0.0).sum(1)
-        worth -= 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
+        worth -= waste[:-2] + 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
         return int(worth.argmax())
 
     @staticmethod

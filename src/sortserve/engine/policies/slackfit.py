@@ -11,7 +11,7 @@ from sortserve.engine.policies.admission import settle, turned_away
 from sortserve.engine.policies.baselines import reasons
 from sortserve.engine.policies.clock import Clock
 from sortserve.engine.policies.protocol import Decision, Reason, View
-from sortserve.engine.rungs import Floats
+from sortserve.engine.rungs import Bools, Floats
 
 _PARTS = np.array([1.0, 0.5, 0.25])  # of the most rows that a step takes
 
@@ -43,12 +43,12 @@ class SlackFit:
         else:
             chosen = int(np.lexsort((chunk, stretch))[-1])
         self._clock.note(view, forecast, chosen, float(chunk[chosen]))
-        dropped = turned_away(outlook, forecast, chosen, hopeless)
+        dropped = turned_away(outlook, forecast.late(view)[chosen], hopeless)
         reason = reasons(view, place[chosen], Reason.DEADLINE)
         return settle(outlook, place[chosen], reason, dropped, int(chunk[chosen]), self._clock.decisions)
 
     @staticmethod
-    def _stretch(view: View, first: Floats, last: Floats, hopeless: Floats) -> Floats:
+    def _stretch(view: View, first: Floats, last: Floats, hopeless: Bools) -> Floats:
         """[k] the most urgent request's time over what it needs; those that nothing helps are not asked."""
         asked = view.budgeted & ~hopeless
         if not asked.any():
