@@ -22,11 +22,12 @@ from sortserve.engine.grammar import MOST_MATCHERS, Grammars, check_grammar, jso
 from sortserve.engine.llm import LLM
 from sortserve.engine.messages import Submit, decode_command, encode
 from sortserve.engine.protocol import Event, FailedEvent, FinishedEvent, TokenEvent
+from sortserve.engine.runner import Runner
 from sortserve.engine.sampler import Sampler, SamplingRow
 from sortserve.engine.sampling import MAX_GRAMMAR_CHARS, SamplingParams
 from sortserve.engine.text import Tokenizer
-from tests.engine.asif import ScriptedPolicy
 from tests.engine.drive import Outcome, ask, load_engine, run
+from tests.engine.small import WantedPolicy
 from tests.engine.tiny_models import make_tiny
 
 BUNDLED = Path(sortserve.__file__).parent / "bundled"
@@ -335,10 +336,11 @@ def test_a_seed_gives_the_same_answer_whatever_the_batch(folder: Path, engine: E
 def test_masks_under_switches_preemptions_and_aborts(folder: Path, seed: int) -> None:
     """Each mask that a step used is that of a matcher made anew, and every finished answer is valid."""
     rng, engine = random.Random(seed), load_engine(folder)
-    policy = ScriptedPolicy()
+    policy = WantedPolicy(engine.info.ladder.full)
+    policy.requests = engine.scheduler.requests
     engine.scheduler.policy = policy
-    grammars = engine.runner._grammars
-    assert grammars is not None
+    engine.scheduler.decider.ask_every = 1
+    grammars = grammars_of(engine)
     fresh, used, allowed = Grammars(folder, PADDED, (EOS,)), 0, grammars.allowed
 
     def checking(request_id: str, grammar: str, output: tuple[int, ...]) -> Any:
@@ -390,9 +392,14 @@ def take_all(events: list[Event], outcomes: dict[str, Outcome]) -> None:
             outcomes[event.request_id].submodels.append(event.submodel)
 
 
-def held(engine: Engine) -> int:
+def grammars_of(engine: Engine) -> Grammars:
+    assert isinstance(engine.runner, Runner)
     assert engine.runner._grammars is not None
-    return len(engine.runner._grammars)
+    return engine.runner._grammars
+
+
+def held(engine: Engine) -> int:
+    return len(grammars_of(engine))
 
 
 # --- nothing is kept, and little is spent
@@ -400,9 +407,8 @@ def held(engine: Engine) -> int:
 
 def test_nothing_is_kept_of_requests_that_ended(folder: Path) -> None:
     engine = load_engine(folder)
-    assert engine.runner._grammars is not None
     run(engine, [ask("free", [5], SamplingParams(max_tokens=3))])
-    assert engine.runner._grammars._tokenizer is None, "the vocabulary is read although nobody needs it"
+    assert grammars_of(engine)._tokenizer is None, "the vocabulary is read although nobody needs it"
     for number in range(5):
         engine.scheduler.add(ask(f"r{number}", [5], constrained(PERSON)))
     for _ in range(3):

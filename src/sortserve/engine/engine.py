@@ -7,26 +7,35 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
+import msgspec
 import torch
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.cost import StepShape
+from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
+from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SampleSpec, SequencePlan
-from sortserve.engine.policy import Policy, make_policy
-from sortserve.engine.predictor import StepTimes
-from sortserve.engine.protocol import EngineInfo, Event, Prediction
+from sortserve.engine.plan import Plan, StepRunner
+from sortserve.engine.policies.protocol import Policy
+from sortserve.engine.policies.registry import make_policy
+from sortserve.engine.profile_cache import fitted
+from sortserve.engine.profiling import Profiler
+from sortserve.engine.protocol import EngineInfo, EngineStats, Event, Prediction
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.runner import Runner
-from sortserve.engine.sampling import SamplingParams
-from sortserve.engine.scheduler import Scheduler
+from sortserve.engine.scheduler import FEATURES, Scheduler
+from sortserve.engine.settings import SettingsTable
+from sortserve.engine.simulator.runner import SimulatedRunner
+from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 
 logger = logging.getLogger(__name__)
@@ -34,6 +43,9 @@ logger = logging.getLogger(__name__)
 MOST_KV_BYTES = 2 << 30
 """K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
+IDLE_SECONDS = 0.001
+LONG_STEP_SECONDS = 0.02
+"""Bookkeeping is done beside steps at least so long: Python's lock is free most of such a step, not of a short one."""
 SMALL_LAYER = 1 << 20
 """Weights of a layer under which one thread is used: two gain at most a quarter on the bundled model, and beside one
 other busy process their barriers made a step of 1.5 ms take 104."""
@@ -47,7 +59,8 @@ class Engine:
     model_config: ModelConfig
     info: EngineInfo
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
+    helper: ThreadPoolExecutor  # one thread, for bookkeeping beside a long step; it never calls torch
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Engine":
@@ -61,10 +74,13 @@ class Engine:
         ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
         geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
         num_pages, max_model_len = _size_kv(config, model_config, geometry)
-        source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
-            model_config
-        )
-        weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+        simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
+        weights = None
+        if simulated is None:
+            source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
+                model_config
+            )
+            weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
         grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
@@ -78,32 +94,39 @@ class Engine:
             unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
             on_end=grammars.drop,
         )
-        runner = Runner(
-            model_config,
-            weights,
-            geometry,
-            scheduler.settings,
-            num_pages,
-            max_model_len,
-            model_config.eos_token_ids,
-            grammars,
-        )
+        runner: StepRunner
+        if weights is None:
+            assert simulated is not None
+            runner = simulated
+        else:
+            runner = Runner(
+                model_config,
+                weights,
+                geometry,
+                scheduler.settings,
+                num_pages,
+                max_model_len,
+                model_config.eos_token_ids,
+                grammars,
+            )
         info = EngineInfo(
             model=config.model_name,
             ladder=ladder,
             max_model_len=max_model_len,
             vocab_size=shape.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
-            capabilities=frozenset({"refill", "sit_out", "reuse"}),
-            weight_bytes=weights.nbytes,
+            capabilities=FEATURES,
+            weight_bytes=ladder.costs[-1].weight_bytes if weights is None else weights.nbytes,
             kv_bytes=num_pages * geometry.page_bytes,
             block_tokens=geometry.block_tokens,
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
         )
-        engine = cls(config, model_config, info, scheduler, runner)
-        if config.warmup:
-            scheduler.times = StepTimes.fit(ladder, engine.measure_step, engine.row_buckets())
+        engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
+        if simulated is not None:
+            scheduler.cost = CostModel(simulated.cost)
+        elif config.warmup:
+            scheduler.cost = engine.measure()
         _log_start(engine, weights, has_ladder)
         return engine
 
@@ -114,81 +137,84 @@ class Engine:
         """
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
-            return self.scheduler.take_events()
+            events = self.scheduler.take_events()
+            if self.scheduler.requests and not events:
+                time.sleep(IDLE_SECONDS)  # everybody sits out, until time changes the policy's mind
+            return events
         if tell_early is not None:
             tell_early(self.scheduler.take_events())
-        result = self.runner.run(plan)
-        self._learn(plan, result.seconds)
-        return self.scheduler.update(plan, result, time.monotonic())
+        cost, beside = self.cost, None
+        if cost is not None and cost.last_seconds >= LONG_STEP_SECONDS:
+            beside = self.helper.submit(self._beside, plan, time.monotonic() + cost.last_seconds)
+        try:
+            result = self.runner.run(plan)
+        finally:
+            if beside is not None:
+                beside.result()
+        now = time.monotonic()
+        shape = self._beside(plan, now) if beside is None else beside.result()
+        if cost is not None and shape is not None:
+            cost.note(shape, result.seconds)
+        return self.scheduler.update(plan, result, now)
 
-    def _learn(self, plan: Plan, seconds: float) -> None:
-        times = self.scheduler.times
-        if times is not None:
-            rows = [(part.submodel, part.stop - part.start) for part in plan.sequences]
-            self.scheduler.correction.observe(times.step(rows), seconds)
+    def _beside(self, plan: Plan, now: float) -> StepShape | None:
+        """What need not wait for the end of a running plan. Returns its shape, where its time is to be learned from."""
+        self.scheduler.beside(plan, now)
+        if self.cost is None:
+            return None
+        self.cost.learn()
+        return shape_of_parts(self.scheduler.rungs, plan.sequences)
+
+    @property
+    def cost(self) -> CostModel | None:
+        """The corrected cost model; None where nothing was measured."""
+        cost = self.scheduler.cost
+        return cost if isinstance(cost, CostModel) else None
+
+    def stats(self) -> EngineStats:
+        """The scheduler's, and how well steps are predicted."""
+        if self.cost is not None:
+            self.cost.learn()
+        errors = {} if self.cost is None else self.cost.errors()
+        return msgspec.structs.replace(
+            self.scheduler.stats(),
+            step_errors={kind: (error.steps, error.median, error.covered) for kind, error in errors.items()},
+        )
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id."""
-        times, factor = self.scheduler.times, self.scheduler.correction.factor
-        if times is None:
-            return {}
-        running = sum(request.running for request in self.scheduler.requests.values())
-        predictions = {}
-        for place, entry in enumerate(self.info.ladder.entries):
-            step = times.step([(place, running + 1)]) * factor
-            first = times.prefill(place, max(1, prompt_tokens), self.config.max_step_tokens) * factor
-            predictions[entry.id] = Prediction(max(first, step), step)
-        return predictions
+        if self.cost is not None:
+            self.cost.learn()
+        return self.scheduler.predict(prompt_tokens)
 
     # ---- warm-up
 
-    def row_buckets(self) -> tuple[int, ...]:
-        """Row counts to measure: powers of four up to what a step takes."""
-        buckets = [1]
-        while buckets[-1] * 4 <= self.config.max_step_tokens:
-            buckets.append(buckets[-1] * 4)
-        return tuple(buckets)
-
-    def measure_step(self, place: int, num_rows: int, seconds: float = 0.25) -> float:
-        """Seconds of a step of `num_rows` on a sub-model: single rows as in decode, or over `max_running` rows prompt
-        chunks. Repeats for about `seconds`, at least once after a warm-up, and takes the lower quartile: whatever else the
-        machine does only adds, and the correction learns what stays."""
-        each = 1 if num_rows <= self.config.max_running else num_rows
-        while each > self.info.max_model_len:  # a power of two, like the buckets
-            each //= 2
-        plan, owned = self._synthetic_plan(place, num_rows // each, each)
-        measured: list[float] = []
-        try:
-            warm = self.runner.run(plan).seconds
-            while len(measured) < 1 or (len(measured) < 9 and sum(measured) + warm < seconds):
-                measured.append(self.runner.run(plan).seconds)
-        finally:
-            self.scheduler.kv.pool.free(owned)
-        return float(np.quantile(measured, 0.25))
-
-    def _synthetic_plan(self, place: int, num_sequences: int, rows_each: int) -> tuple[Plan, tuple[int, ...]]:
-        """A step of sequences at position 0, and the pages it writes to, which the caller frees."""
-        geometry, settings = self.scheduler.kv.geometry, self.scheduler.settings
-        exit, target = settings.exits[place], settings.targets[place]
-        blocks = geometry.num_blocks(rows_each)
-        owned = self.scheduler.kv.pool.allocate(blocks * geometry.num_columns)  # all sequences write to the same pages
-        assert owned is not None, "the start-up check leaves room for one sequence"
-        kv = self.scheduler.kv.new_sequence(blocks * geometry.block_tokens)
-        spans, _ = kv.spans(exit, rows_each, target, rows_each * geometry.bounds[-1])
-        part = SequencePlan(
-            request_id="",
-            submodel=place,
-            exit=exit,
-            spans=tuple(spans),
-            tokens=np.ones(rows_each, np.int32),
-            watermark=(0,) * exit,
-            pages=np.asarray(owned, np.int32).reshape(blocks, geometry.num_columns),
-            state_pages={},
-            keep_states=False,
-            sample=SampleSpec(SamplingParams(temperature=0.0), 0, rows_each, (), ()),
+    def measure(self) -> CostModel:
+        """The cost model of this machine: measured now, or at an earlier start and held against one step now."""
+        scheduler, config = self.scheduler, self.config
+        profiler = Profiler(
+            self.runner.run,
+            scheduler.kv,
+            scheduler.settings,
+            scheduler.rungs,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            max_model_len=self.info.max_model_len,
         )
-        parts = tuple(replace(part, request_id=str(number)) for number in range(num_sequences))
-        return Plan(0, parts), owned
+        about = {
+            "model": config.model_name,
+            "config": repr(self.model_config),
+            "ladder": repr(self.info.ladder.entries),
+            "dtype": config.dtype,
+            "threads": str(config.num_threads),
+            "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
+            "torch": str(torch.__version__),
+        }
+        table, was_cached = fitted(about, profiler.fit, use_cache=config.profile_cache)
+        cost = CostModel(table)
+        if was_cached:
+            cost.start_at(shape_of_parts(scheduler.rungs, profiler.quick().sequences), profiler.quick_seconds())
+        return cost
 
 
 def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype]:
@@ -208,10 +234,11 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
+    rungs = Rungs.of(ladder, SettingsTable(ladder))
     try:
         if config.fixed_submodel is not None:
-            return make_policy("fixed", ladder, ladder.place(config.fixed_submodel))
-        return make_policy(config.policy, ladder)
+            return make_policy("fixed", rungs, place=ladder.place(config.fixed_submodel))
+        return make_policy(config.policy, rungs)
     except NotFoundError as error:
         raise StartupError(error.message, param="fixed_submodel") from error
     except ValueError as error:
@@ -249,7 +276,27 @@ def _free_bytes() -> int:
         return 4 * MOST_KV_BYTES  # macOS and Windows do not tell
 
 
-def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
+def _simulated(
+    config: EngineConfig, shape: ModelShape, ladder: Ladder, eos_token_ids: tuple[int, ...]
+) -> SimulatedRunner | None:
+    """What stands in for the model, if something does."""
+    if config.simulates is None:
+        return None
+    try:
+        return SimulatedRunner.of(config.simulates, shape, ladder, eos_token_ids)
+    except ValueError as error:
+        raise StartupError(str(error), param="simulates") from error
+
+
+def _head_words(weights: ModelWeights | None) -> str:
+    if weights is None:
+        return "simulated"
+    return (
+        f"packed beside the embedding, {weights.head_bytes / (1 << 20):.0f} MiB" if weights.head_bytes else "unpacked"
+    )
+
+
+def _log_start(engine: Engine, weights: ModelWeights | None, has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
         "loaded %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
@@ -259,7 +306,7 @@ def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
         "/".join(map(str, info.ladder.exits)),
         engine.config.dtype,
         info.weight_bytes / mib,
-        f"packed beside the embedding, {weights.head_bytes / mib:.0f} MiB" if weights.head_bytes else "unpacked",
+        _head_words(weights),
         info.kv_bytes / mib,
         info.max_model_len,
     )

@@ -7,6 +7,7 @@ bundled model took 18 ms instead of 3).
 The process ends by itself when the one that started it is gone: then its standard input is at its end.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -84,7 +85,7 @@ class EngineLoop:
 
     def _answer(self, question: Ask) -> Answer:
         if question.subject == "stats":
-            return Answer(question.number, stats=self._engine.scheduler.stats())
+            return Answer(question.number, stats=self._engine.stats())
         if question.subject == "predictions":
             return Answer(question.number, predictions=self._engine.predict(question.prompt_tokens))
         return Answer(question.number)
@@ -109,6 +110,8 @@ def serve_engine(endpoint: str) -> int:
         except StartupError as error:
             socket.send(messages.encode(NotLoaded(type(error).__name__, error.message, error.param)))
             return 2
+        gc.collect()
+        gc.freeze()  # what was loaded stays: it need not be looked through for garbage again and again
         socket.send(messages.encode(Loaded(engine.info)))
         try:
             EngineLoop(engine, socket).run()

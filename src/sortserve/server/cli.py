@@ -1,4 +1,5 @@
-"""The server's commands: `sortserve serve | generate | ladder | bench`; `sortserve.__main__` adds those of other parts.
+"""The server's commands: `sortserve serve | generate | ladder | bench | simulate`; `sortserve.__main__` adds those of
+other parts.
 
 `main` returns the exit code: 0, 1 for a request that was refused or an engine that died, 2 for a server or model that
 cannot start with what it was given. What needs torch is imported by the command that needs it.
@@ -17,6 +18,7 @@ from sortserve.engine.errors import ModelFolderError, SortServeError, StartupErr
 from sortserve.engine.logs import LOG_FORMATS
 
 BUNDLED = Path(sortserve.__file__).parent / "bundled"
+POLICIES = ("slack", "fixed", "reject-only", "global-cap", "admission-only", "slackfit", "confidence")
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 _TOP = """\
@@ -27,6 +29,7 @@ Serve one set of sorted weights as many sub-models; each request says how long i
   sortserve generate --prompt 'Once upon' --budget-ms 300
   sortserve ladder ./Qwen2.5-0.5B               the sub-models it offers, and what they cost
   sortserve bench ./Qwen2.5-0.5B                how fast each of them is here
+  sortserve simulate --trace trace.csv --load 2 what a policy would keep of the budgets on a GPU
 """
 _SERVE = """\
 examples:
@@ -101,6 +104,11 @@ def make_parser(others: Sequence[Command] = ()) -> argparse.ArgumentParser:
     bench.add_argument("--max-tokens", type=positive, default=32, help="output tokens per prompt; default: 32")
     bench.add_argument("--batch", type=positive, default=8, help="prompts at a time for the throughput; default: 8")
     bench.add_argument("--repeats", type=positive, default=3, help="runs to take the median of; default: 3")
+
+    simulate = commands.add_parser("simulate", help="replay a trace against simulated GPUs, policies side by side")
+    from sortserve.engine.simulator.command import add_arguments
+
+    add_arguments(simulate.add_argument, positive)
 
     for other in others:
         other.add_arguments(commands.add_parser(other.name, help=other.help, formatter_class=raw))
@@ -200,7 +208,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         help="TOML with further keys, their budgets, floors and rates (docs/operating.md); SIGHUP reads it again",
     )
     add("--default-latency-budget-ms", type=_milliseconds, metavar="MS", help="for requests without a budget")
-    add("--policy", default="slack", choices=("slack", "fixed"), help="how sub-models are chosen; default: slack")
+    add(
+        "--policy",
+        default="slack",
+        choices=POLICIES,
+        help="how sub-models are chosen (docs/policies.md); default: slack",
+    )
     add("--fixed-submodel", metavar="ID", help="what `auto` requests run under --policy fixed")
     add("--max-batch-tokens", type=positive, default=256, help="rows of one step; default: 256")
     add("--max-queue", type=positive, default=1024, help="requests that may wait; one more gets 429; default: 1024")
@@ -210,8 +223,19 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         action="store_true",
         help="x-envoy-expected-rq-timeout-ms caps the budgets of requests; only behind a proxy that sets it",
     )
+    add(
+        "--no-profile-cache",
+        action="store_true",
+        help="measure step times at every start; else they are kept in $XDG_CACHE_HOME/sortserve or ~/.cache/sortserve",
+    )
     add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
-    add("--backend", default="native", choices=("native",), help="default: native")
+    add(
+        "--backend",
+        default="native",
+        choices=("native", "simulated"),
+        help="simulated: waits as long as --simulates would take and makes up tokens; loads no weights. Default: native",
+    )
+    add("--simulates", default="h200", metavar="GPU", help="for --backend simulated: h100, h200, h200x4; default: h200")
     add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")
     add("--shutdown-timeout", type=_seconds, default=55.0, help="seconds to finish in on SIGTERM; default: 55")
     add(
@@ -233,6 +257,10 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "simulate":
+        from sortserve.engine.simulator.command import run
+
+        return run(args)
     folder = model_folder(args.model)
     if args.command == "serve":
         from sortserve.server.serve import serve
