@@ -1,0 +1,146 @@
+"""The requests alive in one replica, as a struct of arrays: one row each, in no order that matters."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sortserve.engine.policies.protocol import NEVER_RAN
+from sortserve.engine.rungs import Bools, Floats, Ints
+from sortserve.engine.simulator.traces import Workload
+
+# name -> (type, value of a new request)
+_COLUMNS: Mapping[str, tuple[type, float]] = {
+    "id": (np.int64, 0),  # place in the workload
+    "arrival": (np.float64, 0),
+    "floor": (np.int64, 0),
+    "ceiling": (np.int64, 0),
+    "num_prompt": (np.int64, 0),
+    "num_output": (np.int64, 0),
+    "target": (np.int64, 0),  # output tokens it will have
+    "expected": (np.int64, 0),  # output tokens it is thought to have
+    "ttft_due": (np.float64, np.inf),
+    "tpot": (np.float64, np.inf),
+    "total_due": (np.float64, np.inf),
+    "budgeted": (np.bool_, 0),
+    "strict": (np.bool_, 0),
+    "exact": (np.bool_, 0),
+    "resumable": (np.bool_, 1),  # exit states of what is shallow are kept
+    "running": (np.bool_, 0),
+    "place": (np.int64, NEVER_RAN),
+    "switched_at": (np.int64, 0),  # output tokens at the last switch
+    "switches": (np.int64, 0),
+    "refilled": (np.int64, 0),
+    "preempted": (np.int64, 0),
+    "first_token": (np.float64, -np.inf),  # when it came; -inf: not yet
+    "last_token": (np.float64, -np.inf),
+    "confidence": (np.float64, np.nan),
+    "group": (np.int64, -1),
+    "shared": (np.int64, 0),  # tokens of its system prompt
+    "adopted": (np.int64, 0),  # tokens taken from the prefix cache: their pages are not its own
+    "uniform": (np.bool_, 1),  # one place computed all of it
+}
+
+
+class Live:
+    """Columns of `_COLUMNS`, and three with a second dimension. All have exactly one row per request."""
+
+    id: Ints
+    arrival: Floats
+    floor: Ints
+    ceiling: Ints
+    num_prompt: Ints
+    num_output: Ints
+    target: Ints
+    expected: Ints
+    ttft_due: Floats
+    tpot: Floats
+    total_due: Floats
+    budgeted: Bools
+    strict: Bools
+    exact: Bools
+    resumable: Bools
+    running: Bools
+    place: Ints
+    switched_at: Ints
+    switches: Ints
+    refilled: Ints
+    preempted: Ints
+    first_token: Floats
+    last_token: Floats
+    confidence: Floats
+    group: Ints
+    shared: Ints
+    adopted: Ints
+    uniform: Bools
+    computed: Ints  # [n, segments]
+    cached: Ints  # [n, places]
+    made: Ints  # [n, places] output tokens by place
+
+    def __init__(self, num_segments: int, num_places: int) -> None:
+        for name, (kind, _) in _COLUMNS.items():
+            setattr(self, name, np.zeros(0, kind))
+        self.computed = np.zeros((0, num_segments), np.int64)
+        self.cached = np.zeros((0, num_places), np.int64)
+        self.made = np.zeros((0, num_places), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @property
+    def known(self) -> Ints:
+        """[n] tokens known."""
+        return self.num_prompt + self.num_output
+
+    def add(self, number: int, workload: Workload, *, floor: int, ceiling: int, expected: int) -> None:
+        """Request `number` of the workload arrives."""
+        arrival = float(workload.arrival[number])
+        budgeted = bool(workload.budgeted[number])
+        values: dict[str, float] = {
+            "id": number,
+            "arrival": arrival,
+            "floor": floor,
+            "ceiling": ceiling,
+            "num_prompt": int(workload.num_prompt[number]),
+            "target": int(workload.num_output[number]),
+            "expected": expected,
+            "ttft_due": arrival + float(workload.ttft[number]),
+            "tpot": float(workload.tpot[number]),
+            "total_due": arrival + float(workload.total[number]),
+            "budgeted": budgeted,
+            "strict": bool(workload.strict[number]),
+            "exact": not budgeted or floor == ceiling,
+            "group": int(workload.group[number]),
+            "shared": int(workload.shared[number]),
+        }
+        for name, (kind, default) in _COLUMNS.items():
+            column: NDArray[np.generic] = getattr(self, name)
+            setattr(self, name, np.append(column, np.array([values.get(name, default)], kind)))
+        for name in ("computed", "cached", "made"):
+            column = getattr(self, name)
+            setattr(self, name, np.concatenate([column, np.zeros((1, column.shape[1]), np.int64)]))
+
+    def keep(self, mask: Bools) -> None:
+        """Only those of the mask stay."""
+        for name in (*_COLUMNS, "computed", "cached", "made"):
+            setattr(self, name, getattr(self, name)[mask])
+
+    # ---- what follows from the columns
+
+    def expected_left(self) -> Ints:
+        """[n] output tokens still expected, at least 1. One that is longer than expected goes on a little, again and
+        again."""
+        return np.maximum(self.expected - self.num_output, 1)
+
+    def dues(self) -> tuple[Floats, Floats]:
+        """[n] when the last expected token is due, and the nearest deadline; as `Budget.due` has it."""
+        started = np.where(np.isfinite(self.ttft_due), np.maximum(self.ttft_due, self.first_token), self.first_token)
+        ticking = np.isfinite(started) & np.isfinite(self.tpot)
+        last = np.maximum(self.expected, self.num_output + 1)
+        began = np.where(ticking, started, 0.0)
+        pace = np.where(ticking, self.tpot, 0.0)
+        of_last = np.where(ticking, began + (last - 1) * pace, np.inf)
+        of_next = np.where(ticking, began + self.num_output * pace, np.inf)
+        last_due = np.minimum(np.where(last == 1, self.ttft_due, of_last), self.total_due)
+        next_due = np.minimum(np.where(self.num_output == 0, self.ttft_due, of_next), last_due)
+        return last_due, next_due
