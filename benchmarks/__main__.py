@@ -5,7 +5,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import decode, http, one_set, submodels, switching
+from benchmarks import decode, http, one_set, prediction, scheduling, submodels, switching
 from benchmarks.common import DEFAULT_MODEL
 
 BENCHMARKS = {
@@ -13,6 +13,8 @@ BENCHMARKS = {
     "submodels": submodels.run,
     "switching": switching.run,
     "one_set": one_set.run,
+    "prediction": prediction.run,
+    "scheduling": scheduling.run,
     "http": http.run,
 }
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import torch
 from sortserve.engine.config import EngineConfig, load_model_config
 from sortserve.engine.engine import Engine
 from sortserve.engine.ladder import Entry, Ladder
-from sortserve.engine.policy import Choice, View
+from sortserve.engine.policies.protocol import SITS_OUT, Decision, Reason, View
 from sortserve.engine.protocol import GenerateRequest, KVMode
+from sortserve.engine.request import Request
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.submodel import SubModel
 
@@ -28,20 +29,24 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class ScriptedPolicy:
-    """Each request runs the place that the benchmark last named for it; the others sit out if `only` is set."""
+    """Each request runs the place that the benchmark last named for it; the others sit out if `only` is set. It looks at
+    the requests themselves, in the scheduler's order, which is the view's."""
 
     name = "scripted"
 
-    def __init__(self) -> None:
+    def __init__(self, requests: Mapping[str, Request]) -> None:
         self.places: dict[str, int] = {}
         self.only: frozenset[str] | None = None
+        self._requests = requests
 
-    def decide(self, view: View) -> list[Choice]:
+    def decide(self, view: View) -> Decision:
         """The named places; the benchmark stays within floors and ceilings."""
-        return [
-            Choice(None if self.only is not None and request.id not in self.only else self.places[request.id], "fixed")
-            for request in view.requests
+        wanted = [
+            SITS_OUT if self.only is not None and name not in self.only else self.places[name]
+            for name in self._requests
         ]
+        reason = np.full(len(view), int(Reason.FIXED))
+        return Decision(np.array(wanted, np.int64), reason, np.zeros(len(view), np.bool_), view.step_tokens)
 
 
 @dataclass
@@ -60,8 +65,9 @@ class Driver:
             ladder.dump(path)
             config = EngineConfig(model_folder=model, ladder_path=path, warmup=False, **settings)  # type: ignore[arg-type]
             engine = Engine.load(config)
-        policy = ScriptedPolicy()
+        policy = ScriptedPolicy(engine.scheduler.requests)
         engine.scheduler.policy = policy
+        engine.scheduler.decider.ask_every = 1
         return cls(engine, policy)
 
     def place(self, submodel_id: str) -> int:
@@ -128,6 +134,15 @@ def grid_ladder(model: Path, depths: Sequence[int], shares: Sequence[float]) -> 
             submodel = SubModel.make(depth, round(shape.ffn_width * share))
             entries.append(Entry(submodel.name(shape) or "", submodel))
     return Ladder.of(shape, entries)
+
+
+def grid_engine(model: Path, **settings: object) -> Engine:
+    """The real engine with three depths at three widths of `model`."""
+    layers = load_model_config(model).shape.num_layers
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ladder.json"
+        grid_ladder(model, [layers // 2, 3 * layers // 4, layers], [0.5, 0.75, 1.0]).dump(path)
+        return Engine.load(EngineConfig(model_folder=model, ladder_path=path, **settings))  # type: ignore[arg-type]
 
 
 def alternate(runs: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:

@@ -24,7 +24,6 @@ from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan
-from sortserve.engine.policy import Choice, View
 from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest
 from sortserve.engine.request import Request
 from sortserve.engine.runner import Runner
@@ -32,6 +31,7 @@ from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
 from sortserve.engine.submodel import SubModel
 from sortserve.engine.weights import load_weights
+from tests.engine.small import WantedPolicy
 from tests.engine.tiny_models import make_tiny
 
 EXITS = (1, 3, 4, 6)
@@ -92,23 +92,6 @@ class Oracle:
         return self._norm(x[-1], "model.norm.weight") @ head.T
 
 
-class ScriptedPolicy:
-    """Every request runs what the test last said, within its floor and ceiling; None sits out."""
-
-    name = "scripted"
-
-    def __init__(self) -> None:
-        self.wanted: dict[str, int | None] = {}
-
-    def decide(self, view: View) -> list[Choice]:
-        choices = []
-        for request in view.requests:
-            place = self.wanted.get(request.id, view.ladder.full)
-            inside = None if place is None else min(max(place, request.floor), request.ceiling)
-            choices.append(Choice(inside, "fixed"))
-        return choices
-
-
 def asif_ladder(config: ModelConfig) -> Ladder:
     """4 exits of unequal segments, 5 widths, two entries whose settings differ in the middle."""
     entries = [
@@ -138,7 +121,7 @@ class Harness:
         self.ladder = asif_ladder(self.config)
         self.geometry = KVGeometry.of(self.config.shape, self.ladder.bounds, BLOCK_TOKENS)
         self.kv = KVManager(self.geometry, self.num_pages)
-        self.policy = ScriptedPolicy()
+        self.policy = WantedPolicy(self.ladder.full)
         self.scheduler = Scheduler(
             self.ladder,
             self.kv,
@@ -146,7 +129,9 @@ class Harness:
             Limits(CONTEXT, self.config.shape.vocab_size, 1000),
             max_step_tokens=self.max_step_tokens,
             max_running=5,
+            ask_every=1,
         )
+        self.policy.requests = self.scheduler.requests
         source = Checkpoint.open(self.folder, self.config)
         weights = load_weights(source, self.config, self.ladder, torch.float32)
         self.runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)

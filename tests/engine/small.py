@@ -1,17 +1,20 @@
 """A small ladder and a runner without torch, for the tests of the bookkeeping and the scheduler."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sortserve.engine.cost import CostTable
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder, Quality
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
-from sortserve.engine.predictor import StepTimes
+from sortserve.engine.policies.protocol import SITS_OUT, Decision, Reason, View
 from sortserve.engine.protocol import TokenLogprob
 from sortserve.engine.request import Request
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.sequence_kv import SequenceKV
+from sortserve.engine.settings import SettingsTable
 from sortserve.engine.submodel import ModelShape, SubModel
 
 SHAPE = ModelShape(
@@ -40,15 +43,18 @@ GEOMETRY = KVGeometry.of(SHAPE, LADDER.bounds, BLOCK)
 
 
 def step_seconds(place: int, rows: float, ladder: Ladder = LADDER) -> float:
-    """A synthetic machine: 1 ms with the head, 1 ms for each layer, 2 ms for each full FFN; 32 rows cost twice one."""
+    """A synthetic machine: 1 ms a step, 1 ms for each layer, 2 ms for each full FFN; 32 rows cost twice one."""
     submodel = ladder.entries[place].submodel
-    whole = 1e-3 * (1 + submodel.depth + 2 * sum(submodel.widths) / SHAPE.ffn_width)
-    return whole * (1 + (rows - 1) / 31)
+    rows_share = 1 + (rows - 1) / 31
+    return 1e-3 * (1 + (submodel.depth + 2 * sum(submodel.widths) / SHAPE.ffn_width) * rows_share)
 
 
-def step_times(ladder: Ladder = LADDER) -> StepTimes:
-    """Step times fitted to `step_seconds`, with which they agree: it is linear in everything."""
-    return StepTimes.fit(ladder, lambda place, rows: step_seconds(place, rows, ladder), (1, 16, 64, 256))
+def step_cost(ladder: Ladder = LADDER) -> CostTable:
+    """The table of that machine."""
+    rungs = Rungs.of(ladder, SettingsTable(ladder))
+    buckets = np.array([1.0, 16.0, 64.0, 256.0])
+    layer = 1e-3 * (1 + (buckets - 1) / 31)
+    return CostTable(rungs.layers, buckets, layer, 2 * layer, np.zeros(4), base=1e-3)
 
 
 def compute(
@@ -73,6 +79,25 @@ def compute(
 def canned_token(position: int) -> int:
     """The token that the fake runner draws at a position."""
     return (position * 37 + 11) % SHAPE.vocab_size
+
+
+class WantedPolicy:
+    """Every request runs what the test says, inside its floor and ceiling; None sits out. It looks at the requests
+    themselves, which real policies never see: `requests` is the scheduler's, whose order the view has."""
+
+    name = "wanted"
+
+    def __init__(self, default: int | None = LADDER.full) -> None:
+        self.wanted: dict[str, int | None] = {}
+        self.default = default
+        self.requests: Mapping[str, Request] = {}
+
+    def decide(self, view: View) -> Decision:
+        wanted = [self.wanted.get(name, self.default) for name in self.requests]
+        place = np.array([SITS_OUT if place is None else place for place in wanted], np.int64)
+        place = np.where(place == SITS_OUT, SITS_OUT, np.clip(place, view.floor, view.ceiling))
+        reason = np.full(len(view), int(Reason.FIXED))
+        return Decision(place, reason, np.zeros(len(view), np.bool_), view.step_tokens)
 
 
 class FakeRunner:
@@ -106,7 +131,7 @@ class FakeRunner:
     def _write(self, part: SequencePlan, request: Request) -> None:
         size = self._geometry.block_tokens
         assert part.start == part.watermark[part.exit - 1], "rows must start at the watermark"
-        assert part.tokens.tolist() == request.tokens[part.start : part.stop]
+        assert list(part.tokens) == request.tokens[part.start : part.stop]
         stop = part.start
         for span in part.spans:
             assert span.start == stop, "spans must follow each other"

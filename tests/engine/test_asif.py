@@ -66,6 +66,13 @@ def test_random_schedules_are_as_if(folder: Path) -> None:
     assert not missing, f"never happened: {missing}; {dict(seen)}"
 
 
+def test_states_of_another_history_are_not_adopted(folder: Path) -> None:
+    """A sequence whose first tokens ran at other widths took over exit states of a block that was computed at one width
+    throughout, since the block's own tokens agreed. One schedule in some hundreds did that; this is one of them."""
+    rng = random.Random(4685141035)
+    random_run(new_harness(folder, rng), rng, num_actions=80)
+
+
 def test_the_step_of_the_design(folder: Path) -> None:
     """Exits 1, 3, 4 of four; B over segments [0, 3), C [0, 1), D [0, 2), and refills over [1, 2) and [2, 3): no order of
     the rows keeps every segment contiguous, so a segment with entrants gathers its rows."""

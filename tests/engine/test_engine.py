@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -14,6 +15,7 @@ from tokenizers import decoders, models
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
+from sortserve.engine.cost import CostTable
 from sortserve.engine.engine import Engine
 from sortserve.engine.errors import (
     MemoryBudgetError,
@@ -21,13 +23,16 @@ from sortserve.engine.errors import (
     RequestError,
     StartupError,
 )
+from sortserve.engine.estimates import decode_seconds
 from sortserve.engine.llm import LLM, _Answer
-from sortserve.engine.predictor import StepTimes
+from sortserve.engine.plan import Plan, StepResult
+from sortserve.engine.profiling import Profiler
 from sortserve.engine.protocol import (
     FinishedEvent,
     RequestSummary,
     TokenEvent,
 )
+from sortserve.engine.runner import Runner
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import Tokenizer
 from sortserve.server.cli import BUNDLED
@@ -188,17 +193,29 @@ def test_end_of_sequence(folder: Path, tmp_path: Path) -> None:
 def test_warm_up_survives_a_busy_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions of the bundled model were 20 to 100 times too long when something else ran while it was measured: one
     slow row bucket counted for all larger ones. Here the measurements of one bucket are 50 times too slow."""
-    measure = Engine.measure_step
+    run_plan = Runner.run
 
-    def disturbed(engine: Engine, place: int, num_rows: int, seconds: float = 0.25) -> float:
-        return measure(engine, place, num_rows, 0.02) * (50 if num_rows == 4 else 1)
+    def disturbed(runner: Runner, plan: Plan) -> StepResult:
+        result = run_plan(runner, plan)
+        return StepResult(result.sequences, result.seconds * (50 if plan.num_rows == 4 else 1))
 
-    monkeypatch.setattr(Engine, "measure_step", disturbed)
-    engine = load_engine(folder, warmup=True)
-    times, full = engine.scheduler.times, engine.info.ladder.full
-    assert times is not None
-    assert times.step([(full, 4)]) <= 3 * measure(engine, full, 16)
-    assert times.step([(full, 16)]) <= 3 * measure(engine, full, 16)
+    monkeypatch.setattr(Runner, "run", disturbed)
+    engine = load_engine(folder, warmup=True, profile_cache=False)
+    assert engine.cost is not None
+    scheduler = engine.scheduler
+    profiler = Profiler(
+        engine.runner.run,
+        scheduler.kv,
+        scheduler.settings,
+        scheduler.rungs,
+        max_running=64,
+        max_step_tokens=256,
+        max_model_len=engine.info.max_model_len,
+    )
+    sixteen = next(plan for plan in profiler.plans() if plan.num_rows == 16)
+    taken = min(engine.runner.run(sixteen).seconds for _ in range(5))
+    for rows in (4, 16):
+        assert decode_seconds(engine.cost.table, scheduler.rungs, {engine.info.ladder.full: rows}) <= 3 * taken
     engine.scheduler.check_integrity()
     assert engine.scheduler.stats().kv_pages_used == 0, "the warm-up gives its pages back"
 
@@ -210,7 +227,9 @@ def test_the_prediction_of_an_idle_engine() -> None:
     """
     engine = Engine.load(EngineConfig(BUNDLED, dtype="float32", kv_bytes=32 << 20, warmup=False))
     ladder = engine.info.ladder
-    engine.scheduler.times = StepTimes.fit(ladder, lambda place, _rows: 1e-3 * ladder.entries[place].submodel.depth)
+    buckets, nothing = np.array([1.0, 256.0]), np.zeros(2)
+    engine.scheduler.cost = CostTable(engine.scheduler.rungs.layers, buckets, np.full(2, 1e-3), nothing, nothing)
+    assert ladder.entries[ladder.full].submodel.depth == 8
     request = ask("r", list(range(50)), greedy(32, ignore_eos=True), budget=Budget(60_000.0))
     [outcome] = run(engine, [request])
     assert outcome.accepted is not None

@@ -25,8 +25,8 @@ from sortserve.engine.protocol import Event, FailedEvent, FinishedEvent, TokenEv
 from sortserve.engine.sampler import Sampler, SamplingRow
 from sortserve.engine.sampling import MAX_GRAMMAR_CHARS, SamplingParams
 from sortserve.engine.text import Tokenizer
-from tests.engine.asif import ScriptedPolicy
 from tests.engine.drive import Outcome, ask, load_engine, run
+from tests.engine.small import WantedPolicy
 from tests.engine.tiny_models import make_tiny
 
 BUNDLED = Path(sortserve.__file__).parent / "bundled"
@@ -335,8 +335,10 @@ def test_a_seed_gives_the_same_answer_whatever_the_batch(folder: Path, engine: E
 def test_masks_under_switches_preemptions_and_aborts(folder: Path, seed: int) -> None:
     """Each mask that a step used is that of a matcher made anew, and every finished answer is valid."""
     rng, engine = random.Random(seed), load_engine(folder)
-    policy = ScriptedPolicy()
+    policy = WantedPolicy(engine.info.ladder.full)
+    policy.requests = engine.scheduler.requests
     engine.scheduler.policy = policy
+    engine.scheduler.decider.ask_every = 1
     grammars = engine.runner._grammars
     assert grammars is not None
     fresh, used, allowed = Grammars(folder, PADDED, (EOS,)), 0, grammars.allowed

@@ -23,7 +23,8 @@ from sortserve.engine.errors import (
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import Plan
-from sortserve.engine.policy import Choice, Policy, View, make_policy
+from sortserve.engine.policies.fixed import FixedPolicy
+from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.protocol import (
     AcceptedEvent,
     Event,
@@ -37,29 +38,21 @@ from sortserve.engine.reclaim import Reclaimer, Room
 from sortserve.engine.request import Request
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
-from tests.engine.small import GEOMETRY, LADDER, SHAPE, FakeRunner, canned_token, step_seconds, step_times
+from tests.engine.small import (
+    GEOMETRY,
+    LADDER,
+    SHAPE,
+    FakeRunner,
+    WantedPolicy,
+    canned_token,
+    step_cost,
+    step_seconds,
+)
 
 CONTEXT = 24
 ONE_SEQUENCE = GEOMETRY.pages_for(CONTEXT)
 FULL = LADDER.full
 HOUR = Budget(total_ms=3_600_000.0)
-
-
-class WantedPolicy:
-    """Every request runs what the test says, inside its floor and ceiling; None sits out."""
-
-    name = "wanted"
-
-    def __init__(self, default: int | None = FULL) -> None:
-        self.wanted: dict[str, int | None] = {}
-        self.default = default
-
-    def decide(self, view: View) -> list[Choice]:
-        choices = []
-        for request in view.requests:
-            place = self.wanted.get(request.id, self.default)
-            choices.append(Choice(None if place is None else min(max(place, request.floor), request.ceiling), "fixed"))
-        return choices
 
 
 class Drive:
@@ -76,6 +69,7 @@ class Drive:
         eos: tuple[int, ...] = (),
         ladder: Ladder = LADDER,
         timed: bool = False,
+        ask_every: int = 1,
     ) -> None:
         self.ladder = ladder
         self.kv = KVManager(GEOMETRY, num_pages)
@@ -88,9 +82,12 @@ class Drive:
             eos_token_ids=eos,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
+            ask_every=ask_every,
         )
+        if isinstance(self.policy, WantedPolicy):
+            self.policy.requests = self.scheduler.requests
         if timed:
-            self.scheduler.times = step_times(ladder)
+            self.scheduler.cost = step_cost(ladder)
         self.max_cost = max_step_tokens * SHAPE.num_layers
         self.max_running = max_running
         self.runner = FakeRunner()
@@ -147,9 +144,10 @@ class Drive:
         self.check_plan(plan)
         self.steps += 1
         result = self.runner.run(plan, self.scheduler.requests)
-        times = self.scheduler.times
-        if times is not None:
-            self.now += times.step([(part.submodel, part.stop - part.start) for part in plan.sequences])
+        cost = self.scheduler.cost
+        if cost is not None:
+            assert plan.shape is not None
+            self.now += float(cost.seconds(plan.shape))
         between()
         self.take(self.scheduler.update(plan, result, self.now))
         self.scheduler.check_integrity()
@@ -739,7 +737,7 @@ def test_blocks_under_other_widths_are_counted() -> None:
 
 
 def test_max_running_holds_the_rest_back() -> None:
-    drive = Drive(max_running=2, policy=make_policy("fixed", LADDER))
+    drive = Drive(max_running=2, policy=FixedPolicy(FULL))
     names = [drive.submit([number], 3) for number in range(5)]
     seen: Counter[int] = Counter()
     while drive.scheduler.has_work:

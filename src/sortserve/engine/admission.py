@@ -4,15 +4,17 @@ import math
 import random
 from dataclasses import dataclass
 
+from sortserve.engine.cost import StepCost
 from sortserve.engine.errors import (
     BudgetInfeasibleError,
     ContextLengthError,
     OverloadedError,
     RequestError,
 )
+from sortserve.engine.estimates import decode_seconds, prefill_seconds
 from sortserve.engine.ladder import Ladder
-from sortserve.engine.predictor import StepTimes
 from sortserve.engine.protocol import GenerateRequest, KVMode
+from sortserve.engine.rungs import Rungs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,41 +88,49 @@ def resolve_terms(asked: GenerateRequest, ladder: Ladder, unasked: int | None = 
     return Terms(floor, ceiling, mode, seed)
 
 
-def check_strict(
-    asked: GenerateRequest, terms: Terms, times: StepTimes | None, factor: float, chunk: int, rows_running: int
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a strict budget is held against."""
+
+    cost: StepCost
+    rungs: Rungs
+    step_tokens: int
+    rows_running: int
+
+
+def check_strict(asked: GenerateRequest, terms: Terms, load: Load) -> None:
     """Refuse a strict budget that the floor cannot meet: for ever (400) if an idle server could not, else for now (429).
 
     The answer's length counts only where it is certain (`ignore_eos`), else one token.
     """
     budget = asked.budget
-    if budget is None or budget.policy != "strict" or times is None:
+    if budget is None or budget.policy != "strict":
         return
     certain = asked.sampling.max_tokens if asked.sampling.ignore_eos else 1
-    param, needed, allowed = _tightest(asked, terms, times, factor, chunk, certain, 1)
+    param, needed, allowed = _tightest(asked, terms, load, certain, 1)
     if needed > allowed:
         raise BudgetInfeasibleError(
             f"even idle, this server would take {needed / allowed:.1f} times the latency budget; "
             f"the smallest feasible {param} here is about {math.ceil(needed)} ms",
             param=param,
         )
-    param, needed, allowed = _tightest(asked, terms, times, factor, chunk, certain, rows_running + 1)
+    rows = load.rows_running
+    param, needed, allowed = _tightest(asked, terms, load, certain, rows + 1)
     if needed > allowed:
         raise OverloadedError(
-            f"under the present load ({rows_running} running) this would take {needed / allowed:.1f} times the latency "
+            f"under the present load ({rows} running) this would take {needed / allowed:.1f} times the latency "
             f"budget; {param} of about {math.ceil(needed)} ms could be kept now",
             param=param,
-            retry_after=times.step([(terms.floor, rows_running + 1)]) * 16,
+            retry_after=decode_seconds(load.cost, load.rungs, {terms.floor: rows + 1}) * 16,
         )
 
 
-def _tightest(
-    asked: GenerateRequest, terms: Terms, times: StepTimes, factor: float, chunk: int, num_tokens: int, rows: int
-) -> tuple[str, float, float]:
+def _tightest(asked: GenerateRequest, terms: Terms, load: Load, num_tokens: int, rows: int) -> tuple[str, float, float]:
     """The constraint that the floor is furthest from keeping: its name, and the milliseconds needed and allowed."""
     assert asked.budget is not None
-    step = 1e3 * times.step([(terms.floor, rows)]) * factor
-    first = 1e3 * times.prefill(terms.floor, len(asked.prompt), chunk) * factor + (step if rows > 1 else 0.0)
+    step = 1e3 * decode_seconds(load.cost, load.rungs, {terms.floor: rows})
+    first = 1e3 * prefill_seconds(load.cost, load.rungs, terms.floor, len(asked.prompt), load.step_tokens)
+    first += step if rows > 1 else 0.0
     budget = asked.budget
     constraints = (
         ("latency_budget_ttft_ms", first, budget.ttft_ms),

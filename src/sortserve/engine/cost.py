@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from sortserve.engine.rungs import Floats, Ints
+from sortserve.engine.rungs import Floats, Ints, Rungs
 
 StepKind = Literal["decode", "mixed", "refill"]
 """Single rows only; with chunks of a prompt; with rows that deepen tokens computed before. Errors are told apart by it."""
@@ -58,18 +58,27 @@ class CostTable:
     pair_seconds: float = 0.0  # per layer and query x context pair of a chunk
     spread: float = 1.0  # p90 over median
 
+    @classmethod
+    def free(cls, rungs: Rungs) -> "CostTable":
+        """Steps that take no time: what is decided by where nothing was measured, so that no deadline is at risk."""
+        return cls(rungs.layers, np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1))
+
     def seconds(self, shape: StepShape) -> Floats:
         """Median seconds, [...]."""
-        rows = shape.rows
-        mean_share = shape.share / np.maximum(rows, 1.0)
-        active = rows > 0
-        per_segment = self.layers * self._at(self.layer, rows) + mean_share * self._at(self.ffn, rows)
-        per_segment = per_segment + np.maximum(shape.widest - mean_share, 0.0) * self._at(self.ffn, np.ones(1))
-        per_segment = per_segment + self.layers * (
-            shape.context * self.context_seconds + shape.pairs * self.pair_seconds
-        )
-        total: Floats = self.base + self._at(self.head, shape.sampled) + np.where(active, per_segment, 0.0).sum(-1)
+        fixed, weights, context, pairs = self.terms(shape)
+        total: Floats = fixed + weights.sum(-1) + context + pairs
         return total
+
+    def terms(self, shape: StepShape) -> tuple[Floats, Floats, Floats, Floats]:
+        """What the seconds are the sum of: base and head [...], weights by segment [..., segments], K/V read [...], and
+        pairs [...]."""
+        rows, active = shape.rows, shape.rows > 0
+        mean_share = shape.share / np.maximum(rows, 1.0)
+        weights = self.layers * self._at(self.layer, rows) + mean_share * self._at(self.ffn, rows)
+        weights = weights + np.maximum(shape.widest - mean_share, 0.0) * self._at(self.ffn, np.ones(1))
+        context = (self.layers * shape.context * active).sum(-1) * self.context_seconds
+        pairs = (self.layers * shape.pairs * active).sum(-1) * self.pair_seconds
+        return self.base + self._at(self.head, shape.sampled), np.where(active, weights, 0.0), context, pairs
 
     def p90(self, shape: StepShape) -> Floats:
         """Median times `spread`, [...]."""

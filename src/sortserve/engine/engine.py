@@ -8,24 +8,28 @@ import os
 import time
 from dataclasses import dataclass, replace
 
-import numpy as np
+import msgspec
 import torch
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
+from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SampleSpec, SequencePlan
-from sortserve.engine.policy import Policy, make_policy
-from sortserve.engine.predictor import StepTimes
-from sortserve.engine.protocol import EngineInfo, Event, Prediction
+from sortserve.engine.policies.protocol import Policy
+from sortserve.engine.policies.registry import make_policy
+from sortserve.engine.profile_cache import fitted
+from sortserve.engine.profiling import Profiler
+from sortserve.engine.protocol import EngineInfo, EngineStats, Event, Prediction
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.runner import Runner
-from sortserve.engine.sampling import SamplingParams
-from sortserve.engine.scheduler import Scheduler
+from sortserve.engine.scheduler import FEATURES, Scheduler
+from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 
 logger = logging.getLogger(__name__)
@@ -93,7 +97,7 @@ class Engine:
             max_model_len=max_model_len,
             vocab_size=shape.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
-            capabilities=frozenset({"refill", "sit_out", "reuse"}),
+            capabilities=FEATURES,
             weight_bytes=weights.nbytes,
             kv_bytes=num_pages * geometry.page_bytes,
             block_tokens=geometry.block_tokens,
@@ -102,7 +106,7 @@ class Engine:
         )
         engine = cls(config, model_config, info, scheduler, runner)
         if config.warmup:
-            scheduler.times = StepTimes.fit(ladder, engine.measure_step, engine.row_buckets())
+            scheduler.cost = engine.measure()
         _log_start(engine, weights, has_ladder)
         return engine
 
@@ -112,77 +116,57 @@ class Engine:
         if plan is None:
             return self.scheduler.take_events()
         result = self.runner.run(plan)
-        self._learn(plan, result.seconds)
-        return self.scheduler.update(plan, result, time.monotonic())
+        events = self.scheduler.update(plan, result, time.monotonic())
+        if self.cost is not None and plan.shape is not None:
+            self.cost.observe(plan.shape, result.seconds)
+        return events
 
-    def _learn(self, plan: Plan, seconds: float) -> None:
-        times = self.scheduler.times
-        if times is not None:
-            rows = [(part.submodel, part.stop - part.start) for part in plan.sequences]
-            self.scheduler.correction.observe(times.step(rows), seconds)
+    @property
+    def cost(self) -> CostModel | None:
+        """The corrected cost model; None where nothing was measured."""
+        cost = self.scheduler.cost
+        return cost if isinstance(cost, CostModel) else None
+
+    def stats(self) -> EngineStats:
+        """The scheduler's, and how well steps are predicted."""
+        errors = {} if self.cost is None else self.cost.errors()
+        return msgspec.structs.replace(
+            self.scheduler.stats(),
+            step_errors={kind: (error.steps, error.median, error.covered) for kind, error in errors.items()},
+        )
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id."""
-        times, factor = self.scheduler.times, self.scheduler.correction.factor
-        if times is None:
-            return {}
-        running = sum(request.running for request in self.scheduler.requests.values())
-        predictions = {}
-        for place, entry in enumerate(self.info.ladder.entries):
-            step = times.step([(place, running + 1)]) * factor
-            first = times.prefill(place, max(1, prompt_tokens), self.config.max_step_tokens) * factor
-            predictions[entry.id] = Prediction(max(first, step), step)
-        return predictions
+        return self.scheduler.predict(prompt_tokens)
 
     # ---- warm-up
 
-    def row_buckets(self) -> tuple[int, ...]:
-        """Row counts to measure: powers of four up to what a step takes."""
-        buckets = [1]
-        while buckets[-1] * 4 <= self.config.max_step_tokens:
-            buckets.append(buckets[-1] * 4)
-        return tuple(buckets)
-
-    def measure_step(self, place: int, num_rows: int, seconds: float = 0.25) -> float:
-        """Seconds of a step of `num_rows` on a sub-model: single rows as in decode, or over `max_running` rows prompt
-        chunks. Repeats for about `seconds`, at least once after a warm-up, and takes the lower quartile: whatever else the
-        machine does only adds, and the correction learns what stays."""
-        each = 1 if num_rows <= self.config.max_running else num_rows
-        while each > self.info.max_model_len:  # a power of two, like the buckets
-            each //= 2
-        plan, owned = self._synthetic_plan(place, num_rows // each, each)
-        measured: list[float] = []
-        try:
-            warm = self.runner.run(plan).seconds
-            while len(measured) < 1 or (len(measured) < 9 and sum(measured) + warm < seconds):
-                measured.append(self.runner.run(plan).seconds)
-        finally:
-            self.scheduler.kv.pool.free(owned)
-        return float(np.quantile(measured, 0.25))
-
-    def _synthetic_plan(self, place: int, num_sequences: int, rows_each: int) -> tuple[Plan, tuple[int, ...]]:
-        """A step of sequences at position 0, and the pages it writes to, which the caller frees."""
-        geometry, settings = self.scheduler.kv.geometry, self.scheduler.settings
-        exit, target = settings.exits[place], settings.targets[place]
-        blocks = geometry.num_blocks(rows_each)
-        owned = self.scheduler.kv.pool.allocate(blocks * geometry.num_columns)  # all sequences write to the same pages
-        assert owned is not None, "the start-up check leaves room for one sequence"
-        kv = self.scheduler.kv.new_sequence(blocks * geometry.block_tokens)
-        spans, _ = kv.spans(exit, rows_each, target, rows_each * geometry.bounds[-1])
-        part = SequencePlan(
-            request_id="",
-            submodel=place,
-            exit=exit,
-            spans=tuple(spans),
-            tokens=np.ones(rows_each, np.int32),
-            watermark=(0,) * exit,
-            pages=np.asarray(owned, np.int32).reshape(blocks, geometry.num_columns),
-            state_pages={},
-            keep_states=False,
-            sample=SampleSpec(SamplingParams(temperature=0.0), 0, rows_each, (), ()),
+    def measure(self) -> CostModel:
+        """The cost model of this machine: measured now, or at an earlier start and held against one step now."""
+        scheduler, config = self.scheduler, self.config
+        profiler = Profiler(
+            self.runner.run,
+            scheduler.kv,
+            scheduler.settings,
+            scheduler.rungs,
+            max_running=config.max_running,
+            max_step_tokens=config.max_step_tokens,
+            max_model_len=self.info.max_model_len,
         )
-        parts = tuple(replace(part, request_id=str(number)) for number in range(num_sequences))
-        return Plan(0, parts), owned
+        about = {
+            "model": config.model_name,
+            "config": repr(self.model_config),
+            "ladder": repr(self.info.ladder.entries),
+            "dtype": config.dtype,
+            "threads": str(config.num_threads),
+            "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
+            "torch": str(torch.__version__),
+        }
+        table, was_cached = fitted(about, profiler.fit, use_cache=config.profile_cache)
+        cost = CostModel(table)
+        if was_cached:
+            cost.start_at(shape_of_parts(scheduler.rungs, profiler.quick().sequences), profiler.quick_seconds())
+        return cost
 
 
 def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype]:
@@ -202,10 +186,11 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
+    rungs = Rungs.of(ladder, SettingsTable(ladder))
     try:
         if config.fixed_submodel is not None:
-            return make_policy("fixed", ladder, ladder.place(config.fixed_submodel))
-        return make_policy(config.policy, ladder)
+            return make_policy("fixed", rungs, place=ladder.place(config.fixed_submodel))
+        return make_policy(config.policy, rungs)
     except NotFoundError as error:
         raise StartupError(error.message, param="fixed_submodel") from error
     except ValueError as error:

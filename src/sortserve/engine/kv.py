@@ -91,6 +91,8 @@ class KVManager:
             if reached == 0 or (sequence.resume[start:stop] == reached).all():
                 continue
             settings = tuple(int(sequence.settings[segment, start]) for segment in range(reached))
+            if not all(sequence.uniform(segment, stop, wanted) for segment, wanted in enumerate(settings)):
+                continue  # a state depends on all tokens before it
             state = self.prefix.get(sequence.block_key("states", settings, block, tokens))
             if state is None:
                 continue
@@ -102,12 +104,25 @@ class KVManager:
             self.release_cells(sequence.take_stale_states(start, stop))
             self.events["states_adopted"] += 1
 
+    def cached_tokens(self, sequence: SequenceKV, tokens: Sequence[int], settings: tuple[int, ...], limit: int) -> int:
+        """Leading tokens, at most `limit`, whose K/V under `settings` of the last segment that these name are published."""
+        if not self._share:
+            return 0
+        size, block = self.geometry.block_tokens, 0
+        while (block + 1) * size <= limit:
+            if self.prefix.get(sequence.block_key("kv", settings, block, tokens)) is None:
+                break
+            block += 1
+        return block * size
+
     def reserve(self, sequence: SequenceKV, exit: int, stop: int, *, states: bool) -> bool:
         """Own cells for tokens [0, stop) in segments [0, exit), and state pages of the rows to run if `states`.
 
         All or nothing; False means not now.
         """
         blocks = self.geometry.num_blocks(stop)
+        if not states and len(sequence.cells[exit - 1]) >= blocks:  # never more of them in deeper segments
+            return True
         wanted: list[tuple[int, int]] = [
             (segment, block) for segment in range(exit) for block in range(len(sequence.cells[segment]), blocks)
         ]
@@ -148,8 +163,9 @@ class KVManager:
     ) -> None:
         """The rows of `spans` have run: raise watermarks, let go of states no longer needed, publish whole blocks."""
         sequence.record(exit, spans, states_kept=states)
-        self.release_cells(sequence.take_stale_states(spans[0].start, spans[-1].stop))
-        if self._share:
+        if sequence.states:
+            self.release_cells(sequence.take_stale_states(spans[0].start, spans[-1].stop))
+        if self._share and (len(spans) > 1 or spans[0].num_rows > 1 or spans[0].stop % self.geometry.block_tokens == 0):
             self._publish(sequence, tokens, exit)
 
     def _publish(self, sequence: SequenceKV, tokens: Sequence[int], exit: int) -> None:

@@ -5,6 +5,7 @@ from collections import deque
 import numpy as np
 
 from sortserve.engine.request import Request
+from sortserve.engine.rungs import Bools, Ints
 
 PRIOR_TOKENS = 256
 """Length expected before any answer has finished: few answers are longer, and max_tokens often is what is left of the
@@ -31,3 +32,8 @@ class AnswerLengths:
             return max(1, request.tokens_left)
         left = max(self._expected - request.num_output, RENEW_TOKENS)
         return int(max(1, min(request.tokens_left, left)))
+
+    def expected_left_of(self, num_output: Ints, tokens_left: Ints, ignore_eos: Bools) -> Ints:
+        """`expected_left` in arrays, [n]."""
+        left = np.maximum(self._expected - num_output, RENEW_TOKENS).astype(np.int64)
+        return np.maximum(1, np.where(ignore_eos, tokens_left, np.minimum(tokens_left, left)))

@@ -32,6 +32,7 @@ class PrefixIndex:
         self._idle: OrderedDict[Cell, None] = OrderedDict()
         self._known_tokens: Counter[bytes] = Counter()
         self._token_keys: dict[bytes, bytes] = {}
+        self.version = 0  # rises with every change of what is published
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -68,6 +69,7 @@ class PrefixIndex:
             parent.children += 1
             self._idle.pop(parent, None)  # it is evicted after its child
         self._cells[key] = cell
+        self.version += 1
         self._known_tokens[token_key] += 1
         self._token_keys[key] = token_key
         return cell
@@ -96,6 +98,7 @@ class PrefixIndex:
             cell, _ = self._idle.popitem(last=False)
             assert cell.key is not None, "only published cells idle"
             del self._cells[cell.key]
+            self.version += 1
             token_key = self._token_keys.pop(cell.key)
             self._known_tokens[token_key] -= 1
             if self._known_tokens[token_key] == 0:

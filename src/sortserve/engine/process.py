@@ -77,7 +77,7 @@ class EngineLoop:
 
     def _answer(self, question: Ask) -> Answer:
         if question.subject == "stats":
-            return Answer(question.number, stats=self._engine.scheduler.stats())
+            return Answer(question.number, stats=self._engine.stats())
         if question.subject == "predictions":
             return Answer(question.number, predictions=self._engine.predict(question.prompt_tokens))
         return Answer(question.number)

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from sortserve.engine.budget import Budget
+from sortserve.engine.cost import StepKind
 from sortserve.engine.errors import SortServeError, UnavailableError
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.sampling import SamplingParams
@@ -135,13 +136,18 @@ class EngineStats(Data, frozen=True):
     selected: dict[tuple[str, str], int] = {}  # by (sub-model id, reason)
     switches: dict[str, int] = {}  # by direction: up, down
     dropped: dict[str, int] = {}  # by reason
+    step_errors: dict[StepKind, tuple[int, float, float]] = {}
+    """Of the last steps by kind (decode, mixed, refill): how many, the median of |measured / predicted - 1|, and the share
+    that took no longer than their predicted p90."""
 
 
 class Prediction(Data, frozen=True):
-    """What a sub-model would take for one more request now, in seconds."""
+    """What a sub-model would take for one more request now, in seconds: medians, and what nine of ten stay under."""
 
     ttft_seconds: float
     tpot_seconds: float
+    ttft_p90_seconds: float = 0.0
+    tpot_p90_seconds: float = 0.0
 
 
 class EngineInfo(Data, frozen=True):

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from sortserve.engine.kv import KVManager
-from sortserve.engine.request import NEVER_RAN, Request
+from sortserve.engine.policies.protocol import NEVER_RAN
+from sortserve.engine.request import Request
 from sortserve.engine.settings import SettingsTable
 
 

@@ -1,16 +1,15 @@
 """A request as the scheduler sees it. Who fills what: `scheduler.py` alone writes; policies read."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import SampleSpec
+from sortserve.engine.policies.protocol import NEVER_RAN
 from sortserve.engine.protocol import GenerateRequest, KVMode, RequestSummary, TokenLogprob
 from sortserve.engine.sequence_kv import SequenceKV
-
-NEVER_RAN = -1
-"""Place of the sub-model of a request that has not run yet."""
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +23,9 @@ class Request:
     kv_mode: KVMode
     seed: int
     tokens: list[int]  # prompt, then output
+    plain: bool  # its logits are used as they are: no penalty, bias, minimum length or grammar
     submodel: int = NEVER_RAN
+    settled: int = NEVER_RAN  # exact K/V: the place whose settings all its K/V have
     running: bool = False  # holds pages
     made: Counter[int] = field(default_factory=Counter)  # output tokens by place
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -37,6 +38,7 @@ class Request:
     first_token: float | None = None
     last_token: float | None = None
     cut: bool = False
+    confidence: float = math.nan  # maximum probability of the last token at its exit, where the policy asks for it
 
     @property
     def id(self) -> str:
@@ -79,7 +81,7 @@ class Request:
             self.seed,
             len(self.tokens),
             self.asked.prompt,
-            tuple(self.tokens[self.num_prompt :]) if not self.asked.sampling.plain else (),
+            tuple(self.tokens[self.num_prompt :]) if not self.plain else (),
         )
 
     def summary(self, ladder: Ladder, now: float) -> RequestSummary:

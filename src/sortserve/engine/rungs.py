@@ -65,6 +65,11 @@ class Rungs:
         """Number of segments."""
         return len(self.layers)
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the full model."""
+        return int(self.layers.sum())
+
     def depth(self, place: int) -> int:
         """Layers that a place runs."""
         return int(self.layers[: self.exits[place]].sum())

@@ -1,8 +1,8 @@
 """The runner: executes a plan on the model. Owns the pool of pages; knows nothing of requests or policies."""
 
 import time
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from sortserve.engine.model import Model
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SampleSpec, SequencePlan, SequenceResult, StepResult
 from sortserve.engine.protocol import TokenLogprob
-from sortserve.engine.sampler import Sampler, SamplingRow
+from sortserve.engine.sampler import Sampler, SamplingRow, confidences
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import ModelWeights
 
@@ -61,13 +61,12 @@ class Runner:
         return StepResult(results, time.perf_counter() - began)
 
     def _embed(self, batch: SegmentBatch) -> Tensor:
-        tokens = np.concatenate(
-            [
-                run.part.tokens[run.span.start - run.part.start : run.span.stop - run.part.start]
-                for run in batch.entrants
-            ]
-        )
-        return self._model.embed(torch.from_numpy(tokens).long())
+        tokens = [
+            token
+            for run in batch.entrants
+            for token in run.part.tokens[run.span.start - run.part.start : run.span.stop - run.part.start]
+        ]
+        return self._model.embed(torch.tensor(tokens))
 
     def _enter(self, staying: Tensor, batch: SegmentBatch) -> Tensor:
         """The segment's input: the rows that stay and, in their places, the states of those that enter."""
@@ -126,11 +125,17 @@ class Runner:
             (part, int(first_rows[place + 1]) - 1) for place, part in enumerate(asking) if part.sample is not None
         ]
         results = self._sample(logits, sampling)
+        if plan.confidence and sampling:
+            sure = confidences(logits[[row for _, row in sampling]])
+            for (part, _), share in zip(sampling, sure, strict=True):
+                results[part.request_id] = msgspec.structs.replace(results[part.request_id], confidence=share)
         for place, part in enumerate(asking):
             if part.prompt_logprobs is not None:
                 own = logits[first_rows[place] : first_rows[place + 1]]
                 result = results.get(part.request_id, SequenceResult(None))
-                results[part.request_id] = replace(result, prompt_logprobs=self._prompt_logprobs(part, own))
+                results[part.request_id] = msgspec.structs.replace(
+                    result, prompt_logprobs=self._prompt_logprobs(part, own)
+                )
         return tuple(results.get(part.request_id, SequenceResult(None)) for part in plan.sequences)
 
     def _sample(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SequenceResult]:

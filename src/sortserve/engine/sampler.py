@@ -102,6 +102,12 @@ class Sampler:
         return [int(token) for token in best]
 
 
+def confidences(logits: torch.Tensor) -> list[float]:
+    """Probability of the most probable token, by row of `logits` [rows, vocab] as they are."""
+    shares: list[float] = (logits.amax(dim=1) - logits.logsumexp(dim=1)).exp().tolist()
+    return shares
+
+
 def uniform(seed: int, position: int, purpose: int = PURPOSE_SAMPLE) -> float:
     """The random number in [0, 1) of a draw: 53 bits of Philox, with no state kept between calls."""
     key = np.array([seed & (2**64 - 1), purpose], dtype=np.uint64)

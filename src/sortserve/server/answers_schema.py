@@ -200,7 +200,8 @@ class SubmodelSkips(BaseModel):
 class SubmodelCard(BaseModel):
     """One rung of the ladder. `width` is the FFN's, a list where layers differ. `degraded`: too poor for `auto`.
 
-    The predictions are for one more request of 256 prompt tokens now; null where there is none.
+    The predictions are for one more request of 256 prompt tokens now, medians and what nine of ten stay under; null where
+    there is none.
     """
 
     id: str
@@ -213,13 +214,28 @@ class SubmodelCard(BaseModel):
     quality: SubmodelQuality | None
     predicted_ttft_ms: float | None
     predicted_tpot_ms: float | None
+    predicted_ttft_p90_ms: float | None
+    predicted_tpot_p90_ms: float | None
+
+
+class StepPrediction(BaseModel):
+    """How well the last steps of one kind were predicted: single rows only, with chunks of prompts, or with refills.
+
+    `median_error`: of |measured / predicted - 1|. `p90_coverage`: share that took no longer than their predicted p90.
+    """
+
+    kind: Literal["decode", "mixed", "refill"]
+    steps: int
+    median_error: float
+    p90_coverage: float
 
 
 class SubmodelList(BaseModel):
-    """Answer of /v1/submodels, from the cheapest to the full model."""
+    """Answer of /v1/submodels, from the cheapest to the full model; and how good its predictions were until now."""
 
     object: Literal["list"] = "list"
     data: list[SubmodelCard]
+    step_predictions: list[StepPrediction]
 
 
 # --- the tokenizer, probes, version -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sortserve.engine.errors import ModelFolderError, SortServeError, StartupErr
 from sortserve.engine.logs import LOG_FORMATS
 
 BUNDLED = Path(sortserve.__file__).parent / "bundled"
+POLICIES = ("slack", "fixed", "reject-only", "global-cap", "admission-only", "slackfit", "confidence")
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 _TOP = """\
@@ -183,7 +184,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         help="TOML with further keys, their budgets, floors and rates (docs/operating.md); SIGHUP reads it again",
     )
     add("--default-latency-budget-ms", type=_milliseconds, metavar="MS", help="for requests without a budget")
-    add("--policy", default="slack", choices=("slack", "fixed"), help="how sub-models are chosen; default: slack")
+    add(
+        "--policy",
+        default="slack",
+        choices=POLICIES,
+        help="how sub-models are chosen (docs/policies.md); default: slack",
+    )
     add("--fixed-submodel", metavar="ID", help="what `auto` requests run under --policy fixed")
     add("--max-batch-tokens", type=positive, default=256, help="rows of one step; default: 256")
     add("--max-queue", type=positive, default=1024, help="requests that may wait; one more gets 429; default: 1024")
@@ -192,6 +198,11 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         "--trust-proxy-timeouts",
         action="store_true",
         help="x-envoy-expected-rq-timeout-ms caps the budgets of requests; only behind a proxy that sets it",
+    )
+    add(
+        "--no-profile-cache",
+        action="store_true",
+        help="measure step times at every start; else they are kept in $XDG_CACHE_HOME/sortserve or ~/.cache/sortserve",
     )
     add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
     add("--backend", default="native", choices=("native",), help="default: native")

@@ -189,6 +189,25 @@ class _EngineCollector(Collector):
             counter.add_metric([model], count)
             yield counter
         yield from self._labelled(stats, model)
+        yield from self._step_times(stats, model)
+
+    def _step_times(self, stats: EngineStats, model: str) -> Iterator[Metric]:
+        """How well the last steps were predicted, by kind."""
+        error = GaugeMetricFamily(
+            "sortserve_step_time_error_ratio",
+            "Median of |measured / predicted - 1| over the last steps",
+            labels=["model", "kind"],
+        )
+        covered = GaugeMetricFamily(
+            "sortserve_step_time_p90_coverage_ratio",
+            "Share of the last steps that took no longer than their predicted p90",
+            labels=["model", "kind"],
+        )
+        for kind, (_, median, coverage) in stats.step_errors.items():
+            error.add_metric([model, kind], median)
+            covered.add_metric([model, kind], coverage)
+        yield error
+        yield covered
 
     def _labelled(self, stats: EngineStats, model: str) -> Iterator[Metric]:
         dropped = self.dropped + Tally(stats.dropped)

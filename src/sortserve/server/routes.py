@@ -24,6 +24,7 @@ from sortserve.server.answers_schema import (
     ModelCard,
     ModelList,
     Readiness,
+    StepPrediction,
     SubmodelCard,
     SubmodelList,
     SubmodelQuality,
@@ -106,7 +107,7 @@ def model_routes(state: ServerState) -> APIRouter:
     @router.get("/v1/submodels")
     async def submodels() -> SubmodelList:
         state.require_ready()
-        return SubmodelList(data=await _submodels(state))
+        return SubmodelList(data=await _submodels(state), step_predictions=await _step_predictions(state))
 
     @router.post("/tokenize", responses=answered(400, 408, 413, 429))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
@@ -230,9 +231,21 @@ async def _submodels(state: ServerState) -> list[SubmodelCard]:
                 else SubmodelQuality(metric=metric, value=quality.value, low=quality.low, high=quality.high),
                 predicted_ttft_ms=None if prediction is None else prediction.ttft_seconds * 1e3,
                 predicted_tpot_ms=None if prediction is None else prediction.tpot_seconds * 1e3,
+                predicted_ttft_p90_ms=None if prediction is None else prediction.ttft_p90_seconds * 1e3,
+                predicted_tpot_p90_ms=None if prediction is None else prediction.tpot_p90_seconds * 1e3,
             )
         )
     return cards
+
+
+async def _step_predictions(state: ServerState) -> list[StepPrediction]:
+    """Errors by kind of step; empty before any step, or where the engine is too busy to tell."""
+    stats = await _stats(state)
+    errors = {} if stats is None else stats.step_errors
+    return [
+        StepPrediction(kind=kind, steps=steps, median_error=median, p90_coverage=coverage)
+        for kind, (steps, median, coverage) in errors.items()
+    ]
 
 
 async def _stats(state: ServerState) -> EngineStats | None:

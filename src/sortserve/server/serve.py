@@ -90,6 +90,7 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         fixed_submodel=args.fixed_submodel,
         num_threads=args.threads,
         prefix_cache=not args.no_prefix_cache,
+        profile_cache=not args.no_profile_cache,
     )
 
 

@@ -67,6 +67,7 @@ class View:
     next_due: Floats  # [n] the nearest deadline: of the next token, or of the last one if that is nearer
     tokens_since_switch: Ints  # [n] output tokens since its sub-model changed last
     confidence: Floats  # [n] maximum probability of its last token at its exit; NaN before there is one
+    steps: int = 1  # steps run since the policy was asked last
 
     @property
     def known(self) -> Ints:

@@ -1,0 +1,165 @@
+"""What lies ahead: the work left of every request from its present state, and when its tokens would come.
+
+All policies predict with this. Requests with prompts or refills are served in earliest-deadline order by steps of a given
+size; rows that need one token each take part in every step. The time of such a step comes from the step cost, so it
+follows the deepest row, not the sum; what a row more would cost alone plays no part.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sortserve.engine.cost import StepShape
+from sortserve.engine.policies.prices import Prices
+from sortserve.engine.policies.protocol import NEVER_RAN, View
+from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What k candidates would lead to, for n requests. Seconds from now; nothing comes of those that sit out: inf."""
+
+    step: Floats  # [k] the next step
+    first: Floats  # [k, n] until the next token
+    last: Floats  # [k, n] until the last expected token
+    queue: Floats  # [k] rows x layers of prompts and refills
+
+    def late(self, view: View, margin: float | Floats = 1.0) -> Bools:
+        """[k, n] who would miss its deadline if everything took `margin` times as long."""
+        margins = np.asarray(margin, np.float64).reshape(-1, 1)
+        missed: Bools = self.last * margins > view.last_due - view.now
+        missed |= (self.first * margins > view.first_due - view.now) & (view.num_output == 0)
+        return missed
+
+
+def first_difference(rungs: Rungs) -> Ints:
+    """[places, places] first segment that two places both run, but not alike; the number of segments if there is none."""
+    both = rungs.runs[:, None] & rungs.runs[None]
+    differs = both & (rungs.settings[:, None] != rungs.settings[None])
+    return np.where(differs.any(-1), differs.argmax(-1), rungs.num_segments)
+
+
+class Outlook:
+    """The present state in the terms of prediction; made anew for every decision.
+
+    `work` [n, places] rows x layers to run before the next token, at least one row; `rows` [n, places] tokens they span;
+    `cost` [n, places] seconds of machine time to the end; `order` [n] earliest deadline first, then arrival.
+    """
+
+    def __init__(self, view: View, prices: Prices, *, factor: float = 1.0, busy: float = 0.0) -> None:
+        """`factor`: measured over predicted step times. `busy`: share of steps that will also have prompts to run."""
+        self.view, self.prices = view, prices
+        self.factor, self.busy = factor, busy
+        rungs = view.rungs
+        self.depth = rungs.runs @ rungs.layers  # [places]
+        self.left: Floats = view.expected_left.astype(np.float64)
+        self.known: Floats = view.known.astype(np.float64)
+        self.work, self.rows = self._work()
+        self.order = np.lexsort((view.arrival, view.next_due))
+        pure = self.work / self.depth  # rows, as if all ran all layers of the place
+        self.cost: Floats = pure * (prices.row + prices.pair * (self.known[:, None] - self.rows / 2))
+        later = self.left - 1.0  # the first of them comes with the rows above
+        tokens = prices.row + prices.context * (self.known + self.left / 2)[:, None] + prices.sample
+        self.cost = self.cost + later[:, None] * tokens
+
+    def _work(self) -> tuple[Floats, Floats]:
+        view, rungs = self.view, self.view.rungs
+        known, last = self.known[:, None], self.known[:, None] - 1
+        have = np.minimum(view.computed, last)  # [n, segments]
+        fresh = view.place == NEVER_RAN
+        start = have[:, rungs.exits - 1]
+        start = np.where(fresh[:, None], np.minimum(view.cached, last), start)
+        rows = known - start
+        missing = np.cumsum((known - have) * rungs.layers, axis=1)[:, rungs.exits - 1]
+        work = np.where((view.resumable & ~fresh)[:, None], missing, rows * self.depth)
+        tied = np.flatnonzero(view.exact & ~fresh & (view.floor < view.ceiling))
+        if len(tied):
+            self._recompute(tied, have, work, rows)
+        return work, rows
+
+    def _recompute(self, tied: Ints, have: Floats, work: Floats, rows: Floats) -> None:
+        """Exact K/V: places of other widths start from the first token in the segments that differ."""
+        rungs, known = self.view.rungs, self.known[tied, None]
+        segment = first_difference(rungs)[self.view.place[tied]]  # [tied, places]
+        again = segment < rungs.exits
+        below = np.zeros((len(tied), rungs.num_segments + 1))
+        below[:, 1:] = np.cumsum((known - have[tied]) * rungs.layers, axis=1)
+        layers_below = np.concatenate([[0], np.cumsum(rungs.layers)])
+        kept = np.take_along_axis(below, segment, axis=1) + known * (self.depth - layers_below[segment])
+        redone = np.where(self.view.resumable[tied, None], kept, known * self.depth)
+        work[tied] = np.where(again, redone, work[tied])
+        rows[tied] = np.where(again, known, rows[tied])
+
+    def hopeless(self, place: Ints) -> Bools:
+        """[n] who misses its deadline at `place` even if the machine had nothing else to do."""
+        view = self.view
+        every = np.arange(len(view))
+        rows, pure = self.rows[every, place], self.work[every, place] / self.depth[place]
+        first = np.where(rows > 1, pure * self.prices.row[place], self.prices.alone[place]) * self.factor
+        last = first + (self.left - 1) * self.prices.alone[place] * self.factor
+        late: Bools = (view.now + first > view.first_due) & (view.num_output == 0)
+        return view.budgeted & (late | (view.now + last > view.last_due))
+
+    def foresee(self, place: Ints, chunk_tokens: Floats) -> Forecast:
+        """Forecast k candidates: places [k, n] (negative: sits out), rows at full depth of prompts in a step [k]."""
+        view = self.view
+        takes_part = place >= 0
+        place = np.maximum(place, 0)
+        every = np.arange(len(view))
+        behind = takes_part & ((self.rows[every, place] > 1) | ~view.running)
+        queue = np.where(behind, self.work[every, place], 0.0)
+        most = np.maximum(chunk_tokens, 1.0) * float(view.rungs.layers.sum())  # [k] rows x layers of a step
+        total = queue.sum(1)
+        mixed, decode = self._step_times(place, takes_part & ~behind, queue, np.minimum(1.0, most / (total + 1e-9)))
+        num_steps = np.ceil(total / most)[:, None]
+        ahead = np.empty_like(queue)
+        ahead[:, self.order] = np.cumsum(queue[:, self.order], axis=1)
+        steps = np.where(behind, np.ceil(ahead / most[:, None]), 1.0)
+        first = steps * mixed[:, None]
+        if len(view) > view.max_running:
+            first = first + self._wait_for_place(behind & ~view.running, mixed)
+        later = decode + self.busy * np.maximum(mixed - decode, 0.0)
+        beside = np.clip(num_steps - steps, 0.0, self.left - 1)  # tokens that come while the present queue lasts
+        last = first + beside * mixed[:, None] + (self.left - 1 - beside) * later[:, None]
+        never = ~takes_part
+        first[never] = np.inf
+        last[never] = np.inf
+        return Forecast(np.where(total > 0, mixed, decode), first, last, total)
+
+    def _wait_for_place(self, waits: Bools, step: Floats) -> Floats:
+        """[k, n] seconds until enough of those that run have ended."""
+        view = self.view
+        place = np.empty(waits.shape)
+        place[:, self.order] = np.cumsum(waits[:, self.order], axis=1)
+        too_many = np.maximum(place + int(view.running.sum()) - view.max_running, 0.0)
+        stay = float(self.left[view.running].mean()) if view.running.any() else 0.0
+        return np.where(waits, too_many * stay / view.max_running, 0.0) * step[:, None]
+
+    def _step_times(self, place: Ints, single: Bools, queue: Floats, part: Floats) -> tuple[Floats, Floats]:
+        """[k] seconds of the next step, and of one without prompts. `part` [k]: of the queue that a step takes."""
+        rungs = self.view.rungs
+        candidates, places = len(place), len(rungs.exits)
+        flat = (place + places * np.arange(candidates)[:, None]).ravel()
+
+        def by_place(weights: Floats) -> Floats:
+            return np.bincount(flat, weights.ravel(), candidates * places).reshape(candidates, places)
+
+        singles = by_place(single.astype(np.float64))
+        context = by_place(np.where(single, self.known, 0.0))
+        queued = by_place(queue)
+        chunk = queued * part[:, None] / self.depth  # [k, places] rows
+        mean_context = (queue * self.known).sum(1) / (queue.sum(1) + 1e-9)
+        rows = np.concatenate([singles + chunk, singles])  # [2k, places]
+        pairs = np.concatenate([chunk * (mean_context / 2)[:, None], np.zeros_like(chunk)])
+        runs = rungs.runs.astype(np.float64)
+        shape = StepShape(
+            rows @ runs,
+            rows @ rungs.share,
+            np.where((rows > 0)[:, :, None], rungs.share, 0.0).max(1),
+            np.concatenate([context, context]) @ runs,
+            pairs @ runs,
+            np.tile(singles.sum(1), 2),
+            "mixed",
+        )
+        seconds = self.view.cost.seconds(shape) * self.factor
+        return seconds[:candidates], seconds[candidates:]
