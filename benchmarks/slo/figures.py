@@ -100,8 +100,9 @@ def worst_window(requests: Sequence[Answered], seconds: float, window: float = W
         return None
     if seconds <= window:
         return float(met[-1] / len(due))
-    # attainment changes only where a request enters or leaves: windows that begin at one, and the last one
-    starts = np.append(due[due <= seconds - window], seconds - window)
+    # what is inside changes only where a request leaves or enters: windows that begin or end at one, and the last one
+    starts = np.concatenate([due, due - window, [seconds - window]])
+    starts = starts[(starts >= 0) & (starts <= seconds - window)]
     first, past = np.searchsorted(due, starts, "left"), np.searchsorted(due, starts + window, "left")
     full = past - first >= _LEAST_IN_WINDOW
     shares = (met[past] - met[first])[full] / (past - first)[full]
