@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.slo import report
 from benchmarks.slo.bench import prepare, run_point
-from benchmarks.slo.results import write
+from benchmarks.slo.results import finish, save
 from sortserve.server.cli import BUNDLED
 
 _TEXT = Path(__file__).parents[2] / "tests" / "compat" / "tasks" / "held_out_books.jsonl"
@@ -28,7 +28,8 @@ def main() -> None:
         for policy in asked.policies.split(","):
             points.append(run_point(bench, policy, bench.load_of(text)))
             print(_line(points[-1]), flush=True)
-    write(bench, points)
+            save(bench, points)
+    finish(bench, points)
 
 
 def _line(point: dict[str, Any]) -> str:

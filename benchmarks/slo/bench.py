@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.common import commit
 from benchmarks.slo import capacity as measured
 from benchmarks.slo import figures, load
 from benchmarks.slo.serving import Served, Settings, started
@@ -26,6 +27,7 @@ class Bench:
     texts: load.Texts
     unloaded: Unloaded
     capacity: Sequence[measured.Capacity]  # in the ladder's order, the full model last
+    commit: str  # of before anything was written
 
     @property
     def full(self) -> measured.Capacity:
@@ -78,7 +80,7 @@ def prepare(asked: argparse.Namespace) -> Bench:
             capacity.append(found)
             print(f"capacity of {rung}: {found.requests_per_second:.2f} requests/s, ", end="")
             print(f"{found.output_tokens_per_second:.0f} output tokens/s", flush=True)
-    bench = Bench(asked, settings, ladder, trace, texts, unloaded, capacity)
+    bench = Bench(asked, settings, ladder, trace, texts, unloaded, capacity, commit())
     ratio = bench.floor.requests_per_second / bench.full.requests_per_second
     print(f"the floor {bench.floor.submodel} does {ratio:.2f}x of the full model's requests")
     return bench

@@ -3,9 +3,10 @@
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, commit, machine, module_command
+from benchmarks.common import RESULTS, machine, module_command
 from benchmarks.slo import report
 from benchmarks.slo.bench import Bench
 
@@ -14,14 +15,26 @@ _ROUNDING = 0.005
 LEAST_RATIO = 2.5
 
 
-def write(bench: Bench, points: Sequence[dict[str, Any]]) -> None:
-    """Everything, and one line of JSON at the end."""
-    asked = bench.asked
-    stem = RESULTS / f"slo-{asked.name or f'{asked.model.name}-{asked.trace.stem}'}"
+def save(bench: Bench, points: Sequence[dict[str, Any]], plots: Sequence[Path] = ()) -> dict[str, Any]:
+    """The JSON and the Markdown as of now: a run that is ended early keeps its points. What the file says of all of them."""
     head = _head(bench)
     head["reached"] = checks(head, points)
-    for check, reached in head["reached"].items():
-        print(f"  {'reached ' if reached else 'MISSED  '} {check}")
+    stem = stem_of(bench)
+    stem.with_suffix(".md").write_text(report.markdown(head, points, plots))
+    rows = ",\n".join(json.dumps(point) for point in points)
+    stem.with_suffix(".json").write_text(f'{json.dumps(head)[:-1]},\n"points": [\n{rows}\n]}}\n')
+    return head
+
+
+def stem_of(bench: Bench) -> Path:
+    """Where the results go, without the suffix."""
+    asked = bench.asked
+    return RESULTS / f"slo-{asked.name or f'{asked.model.name}-{asked.trace.stem}'}"
+
+
+def finish(bench: Bench, points: Sequence[dict[str, Any]]) -> None:
+    """Plots, what is reached, and one line of JSON at the end."""
+    stem = stem_of(bench)
     try:
         from benchmarks.slo.plots import draw
 
@@ -29,9 +42,9 @@ def write(bench: Bench, points: Sequence[dict[str, Any]]) -> None:
     except ImportError as error:
         print(f"  no plots: {error}; pip install -e '.[simulate]', then python -m benchmarks.slo.plots {stem}.json")
         plots = []
-    stem.with_suffix(".md").write_text(report.markdown(head, points, plots))
-    rows = ",\n".join(json.dumps(point) for point in points)
-    stem.with_suffix(".json").write_text(f'{json.dumps(head)[:-1]},\n"points": [\n{rows}\n]}}\n')
+    head = save(bench, points, plots)
+    for check, reached in head["reached"].items():
+        print(f"  {'reached ' if reached else 'MISSED  '} {check}")
     print(json.dumps(head))
 
 
@@ -72,7 +85,7 @@ def _head(bench: Bench) -> dict[str, Any]:
     return {
         "benchmark": "slo",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
+        "commit": bench.commit,
         "command": module_command(),
         "machine": machine(),
         "model": asked.model.name,

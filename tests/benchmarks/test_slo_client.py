@@ -147,7 +147,7 @@ def test_lengths_fit_into_the_context() -> None:
 
 
 def test_a_request_on_the_wire() -> None:
-    trace = Trace(np.arange(60) * 0.5, np.full(60, 20), np.full(60, 7))
+    trace = Trace(np.arange(60, dtype=np.float64) * 0.5, np.full(60, 20), np.full(60, 7))
     work = load.workload(trace, Unloaded(0.01, 0.001, 0.005), 1, BudgetMix(strict=0.5))
     made = load.asks(work, load.Texts(range(500)), 1)
     assert [ask.due for ask in made] == trace.arrival.tolist()

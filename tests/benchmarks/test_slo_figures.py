@@ -51,8 +51,8 @@ def test_one_answer() -> None:
     found = figures.answered(outcome(sent=10.003), "interactive", Budget(ttft_ms=250, tpot_ms=100), quality_of)
     assert (found.complete, found.refused, found.met, found.met_by_client) == (True, False, True, True)
     assert found.quality == pytest.approx(0.9)
-    assert (found.lag, found.ttft) == (pytest.approx(0.003), pytest.approx(0.2))
-    assert (found.tpot, found.total) == (pytest.approx(0.1), pytest.approx(1.1))
+    assert [found.lag, found.ttft] == pytest.approx([0.003, 0.2])
+    assert [found.tpot, found.total] == pytest.approx([0.1, 1.1])
     assert found.predicted_error == pytest.approx(-0.2)
     assert (found.switches, found.refilled) == (1, 7)
 
@@ -169,7 +169,7 @@ def test_throughput_is_between_two_answers() -> None:
     trace = Trace(np.zeros(2), np.array([9, 9]), np.array([4, 6]))
     outcomes = [closed(number % 2, 0.5 * number, 1.0 + 0.5 * number) for number in range(17)]
     outcomes += [closed(0, 8.6, -1.0)]
-    assert throughput(outcomes[::-1], trace, 9.0) == (pytest.approx(2.0), pytest.approx(10.0, rel=0.05))
+    assert throughput(outcomes[::-1], trace, 9.0) == pytest.approx((2.0, 10.0), rel=0.05)
     with pytest.raises(RuntimeError, match="too few"):
         throughput(outcomes[:3], trace, 9.0)
     with pytest.raises(RuntimeError, match="got 400: no"):
@@ -181,10 +181,10 @@ def test_unloaded_times_are_a_line_through_medians() -> None:
     first = 0.02 + 0.001 * lengths
     first[0] = 5.0  # one that the machine held up
     found = fit_unloaded(lengths, first, np.array([0.004, 0.005, 0.1]))
-    assert (found.first, found.prompt_token) == (pytest.approx(0.02), pytest.approx(0.001))
+    assert [found.first, found.prompt_token] == pytest.approx([0.02, 0.001])
     assert found.token == 0.005
     flat = fit_unloaded(lengths, np.full(9, 0.03), np.array([0.005]))
-    assert (flat.first, flat.prompt_token) == (pytest.approx(0.03), pytest.approx(0.0))
+    assert [flat.first, flat.prompt_token] == pytest.approx([0.03, 0.0])
     with pytest.raises(RuntimeError, match="no lone request"):
         fit_unloaded(np.array([]), np.array([]), np.array([]))
 
