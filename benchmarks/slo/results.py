@@ -103,7 +103,7 @@ def _head(bench: Bench) -> dict[str, Any]:
 
 def _told(bench: Bench) -> str:
     """The conditions in words."""
-    asked, trace = bench.asked, bench.trace
+    asked, trace, quality = bench.asked, bench.trace, bench.ladder.measured
     return (
         f"Lengths x {asked.lengths:g} (mean {trace.num_prompt.mean():.0f} tokens in, {trace.num_output.mean():.0f} out,\n"
         f"forced with `ignore_eos`), {asked.seconds:g} s per point from request {asked.start} on, greedy, no prompt like\n"
@@ -111,7 +111,7 @@ def _told(bench: Bench) -> str:
         f"model: {1e3 * bench.unloaded.first:.0f} ms + {1e3 * bench.unloaded.prompt_token:.2f} ms per prompt token to the\n"
         f"first token, {1e3 * bench.unloaded.token:.1f} ms for each further one. Capacity: {asked.clients} clients in a\n"
         f"closed loop for {asked.capacity_seconds:g} s. The floor is {bench.floor.submodel}. Loads are multiples of the\n"
-        "full model's capacity."
+        f"full model's capacity. Quality: {'not measured' if quality is None else quality.metric}."
     )
 
 
