@@ -6,7 +6,6 @@ waits for its server hides the queue it stands in. Closed loop: so many clients,
 
 import asyncio
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.slo.http_client import Answer, Pool
+from benchmarks.slo.priority import give_way
 from benchmarks.slo.wire import Ask, Outcome, Plan
 
 _LEAD_SECONDS = 0.25  # between the plan being read and the first request being due
@@ -117,7 +117,7 @@ def main() -> None:
     """Read the plan, run it, write the outcomes."""
     plan_file, outcomes_file = map(Path, sys.argv[1:])
     plan = msgspec.msgpack.decode(plan_file.read_bytes(), type=Plan)
-    os.nice(plan.nice)
+    give_way(plan.nice)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection of all that was read takes longer than a request may be late

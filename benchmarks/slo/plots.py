@@ -46,7 +46,8 @@ def draw(points: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
             axis.set_xlabel(_label(across))
             axis.set_ylabel(_label(panel))
             axis.grid(alpha=0.25)
-        axes[0][0].legend(fontsize=7)
+        if counted:
+            axes[0][0].legend(fontsize=7)
         figure.tight_layout()
         files.append(stem.with_name(f"{stem.name}-{name}.svg"))
         figure.savefig(files[-1], metadata={"Date": None})

@@ -3,6 +3,9 @@ nothing leaves early."""
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -180,3 +183,11 @@ def test_a_budget_is_sent_as_it_is_judged() -> None:
         "X-Latency-Budget-Policy": "strict",
     }
     assert load.budget_headers(None) == {}
+
+
+def test_the_client_gives_way() -> None:
+    """In a process of its own: niceness cannot be taken back."""
+    told = "import os; from benchmarks.slo.priority import give_way; give_way(3); print(os.getpriority(0, 0))"
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == min(19, before + 3)
