@@ -16,6 +16,7 @@ from benchmarks.common import grid_engine, report
 from sortserve.engine.cost import StepKind
 from sortserve.engine.cost_model import KINDS
 from sortserve.engine.engine import Engine
+from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.policies.protocol import Decision, Reason, View
 from sortserve.engine.protocol import GenerateRequest
 from sortserve.engine.sampling import SamplingParams
@@ -91,12 +92,12 @@ def _drive(engine: Engine, seconds: float) -> dict[StepKind, list[tuple[float, f
             _add(engine, f"{until:.0f}-{number}", draw)
         plan = scheduler.schedule(time.monotonic())
         assert plan is not None
-        assert plan.shape is not None
-        predicted, slow = float(cost.seconds(plan.shape)), float(cost.p90(plan.shape))
+        shape = shape_of_parts(scheduler.rungs, plan.sequences)
+        predicted, slow = float(cost.seconds(shape)), float(cost.p90(shape))
         result = engine.runner.run(plan)
         if step >= WARM_STEPS:
-            ratios[plan.shape.kind].append((predicted / result.seconds, result.seconds / slow))
-        cost.observe(plan.shape, result.seconds)
+            ratios[shape.kind].append((predicted / result.seconds, result.seconds / slow))
+        cost.observe(shape, result.seconds)
         scheduler.update(plan, result, time.monotonic())
         step += 1
     for request_id in list(scheduler.requests):

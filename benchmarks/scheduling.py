@@ -3,6 +3,7 @@
 The runner's work is left out by canned results for all but a few steps, which give the time of a whole step beside it.
 """
 
+import gc
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +25,10 @@ MOST_SHARE = 0.02
 
 @dataclass
 class Spent:
-    """Seconds of each step by whether its decision was new."""
+    """Seconds of each step."""
 
-    asked: list[float] = field(default_factory=list)
-    repeated: list[float] = field(default_factory=list)
-
-    @property
-    def all(self) -> list[float]:
-        """Both."""
-        return self.asked + self.repeated
+    critical: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
 
 
 def run(model: Path) -> None:
@@ -42,19 +38,24 @@ def run(model: Path) -> None:
     step_seconds: float | None = None
     for policy in ("fixed", "slack"):
         engine = grid_engine(model, policy=policy, max_running=ROWS, max_step_tokens=ROWS, kv_bytes=1 << 30)
+        gc.collect()
+        gc.freeze()  # as the engine's process does once it is loaded
         _fill(engine)
         if step_seconds is None:
             step_seconds = median(_real_step(engine) for _ in range(3))
             print(f"a step of {ROWS} rows takes {step_seconds * 1e3:.0f} ms")
         spent = _measure(engine)
-        mean = float(np.mean(spent.all))
+        mean = float(np.mean(spent.critical))
         share = mean / step_seconds
         print(
-            f"{policy}: mean {mean * 1e3:.2f} ms ({share:.2%} of a step), median {median(spent.all) * 1e3:.2f}, "
-            f"p99 {np.quantile(spent.all, 0.99) * 1e3:.2f}; where the policy was asked {median(spent.asked) * 1e3:.2f}, "
-            f"where its answer was repeated {median(spent.repeated) * 1e3:.2f}"
+            f"{policy}: mean {mean * 1e3:.2f} ms ({share:.2%} of a step), median {median(spent.critical) * 1e3:.2f}, "
+            f"p99 {np.quantile(spent.critical, 0.99) * 1e3:.2f}; beside a running step {np.mean(spent.beside) * 1e3:.2f}"
         )
-        figures[policy] = {"mean_ms": mean * 1e3, "median_ms": median(spent.all) * 1e3, "share_of_step": share}
+        figures[policy] = {
+            "mean_ms": mean * 1e3,
+            "beside_ms": float(np.mean(spent.beside)) * 1e3,
+            "share_of_step": share,
+        }
         checks[f"{policy}: at most {MOST_SECONDS * 1e3:.0f} ms on average"] = mean <= MOST_SECONDS
         checks[f"{policy}: at most {MOST_SHARE:.0%} of a step"] = share <= MOST_SHARE
     report("scheduling", figures | {"rows": ROWS, "step_ms": 1e3 * (step_seconds or 0.0)}, checks)
@@ -86,18 +87,21 @@ def _real_step(engine: Engine) -> float:
 
 
 def _measure(engine: Engine) -> Spent:
+    """What waits: planning a step, and booking its tokens. What the engine does beside a running step is done before, and
+    timed by itself."""
     spent = Spent()
     scheduler = engine.scheduler
     for _ in range(STEPS):
-        asks = scheduler.decider.due(time.monotonic())
         began = time.perf_counter()
         plan = scheduler.schedule(time.monotonic())
         planned = time.perf_counter()
         assert plan is not None
         assert len(plan.sequences) == ROWS
+        scheduler.beside(plan, time.monotonic())
+        aside = time.perf_counter()
         result = _canned(plan)
         before = time.perf_counter()
         scheduler.update(plan, result, time.monotonic())
-        seconds = planned - began + time.perf_counter() - before
-        (spent.asked if asks else spent.repeated).append(seconds)
+        spent.critical.append(planned - began + time.perf_counter() - before)
+        spent.beside.append(aside - planned)
     return spent

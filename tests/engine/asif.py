@@ -113,6 +113,7 @@ class Harness:
     ended: Counter[str] = field(default_factory=Counter)
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
+    beside: bool = False  # whether bookkeeping is done while the runner works, else after
 
     def __post_init__(self) -> None:
         if not (self.folder / "config.json").exists():
@@ -210,6 +211,8 @@ class Harness:
         else:
             self._look_at(plan)
             self._sampled = []
+            if self.beside:
+                self.scheduler.beside(plan, time.monotonic())
             result = self.runner.run(plan)
             events = self.scheduler.update(plan, result, time.monotonic())
         for event in events:

@@ -131,7 +131,7 @@ class FakeRunner:
     def _write(self, part: SequencePlan, request: Request) -> None:
         size = self._geometry.block_tokens
         assert part.start == part.watermark[part.exit - 1], "rows must start at the watermark"
-        assert list(part.tokens) == request.tokens[part.start : part.stop]
+        assert list(part.tokens[part.start : part.stop]) == request.tokens[part.start : part.stop]
         stop = part.start
         for span in part.spans:
             assert span.start == stop, "spans must follow each other"

@@ -57,6 +57,8 @@ def test_random_schedules_are_as_if(folder: Path) -> None:
     @given(rng=st.randoms(use_true_random=True))
     def run(rng: random.Random) -> None:
         harness = new_harness(folder, rng)
+        harness.beside = rng.random() < 0.5
+        harness.scheduler.decider.ask_every = rng.choice([1, 3])
         random_run(harness, rng, num_actions=80)
         seen.update(harness.seen)
 

@@ -1,17 +1,20 @@
 """The scheduler on a runner without torch: one terminal event each, floors, memory, budgets and bookkeeping."""
 
+import contextlib
 import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.budget import Budget
+from sortserve.engine.cost import StepShape
 from sortserve.engine.errors import (
     BudgetInfeasibleError,
     ContextLengthError,
@@ -20,14 +23,17 @@ from sortserve.engine.errors import (
     RequestError,
     SortServeError,
 )
+from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import Plan
 from sortserve.engine.policies.fixed import FixedPolicy
-from sortserve.engine.policies.protocol import Policy
+from sortserve.engine.policies.protocol import Decision, Policy, Reason, View
+from sortserve.engine.policies.registry import POLICY_NAMES, make_policy
 from sortserve.engine.protocol import (
     AcceptedEvent,
     Event,
+    FailedEvent,
     FinishedEvent,
     GenerateRequest,
     PromptLogprobsEvent,
@@ -36,8 +42,10 @@ from sortserve.engine.protocol import (
 )
 from sortserve.engine.reclaim import Reclaimer, Room
 from sortserve.engine.request import Request
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
+from sortserve.engine.settings import SettingsTable
 from tests.engine.small import (
     GEOMETRY,
     LADDER,
@@ -70,6 +78,7 @@ class Drive:
         ladder: Ladder = LADDER,
         timed: bool = False,
         ask_every: int = 1,
+        beside: bool = False,
     ) -> None:
         self.ladder = ladder
         self.kv = KVManager(GEOMETRY, num_pages)
@@ -90,6 +99,7 @@ class Drive:
             self.scheduler.cost = step_cost(ladder)
         self.max_cost = max_step_tokens * SHAPE.num_layers
         self.max_running = max_running
+        self.beside = beside  # whether bookkeeping is done while the runner works, else after
         self.runner = FakeRunner()
         self.now = 100.0
         self.steps = 0
@@ -120,7 +130,7 @@ class Drive:
     def take(self, events: list[Event]) -> None:
         for event in events:
             told = self.events[event.request_id]
-            assert not any(isinstance(before, FinishedEvent) for before in told), "an event after the terminal one"
+            assert not any(isinstance(before, FinishedEvent | FailedEvent) for before in told), "after the terminal one"
             told.append(event)
 
     def check_plan(self, plan: Plan) -> None:
@@ -143,15 +153,20 @@ class Drive:
             return None
         self.check_plan(plan)
         self.steps += 1
+        if self.beside:
+            self.scheduler.beside(plan, self.now)
+            self.scheduler.check_integrity()
         result = self.runner.run(plan, self.scheduler.requests)
         cost = self.scheduler.cost
         if cost is not None:
-            assert plan.shape is not None
-            self.now += float(cost.seconds(plan.shape))
+            self.now += float(cost.seconds(self.shape(plan)))
         between()
         self.take(self.scheduler.update(plan, result, self.now))
         self.scheduler.check_integrity()
         return plan
+
+    def shape(self, plan: Plan) -> StepShape:
+        return shape_of_parts(self.scheduler.rungs, plan.sequences)
 
     def abort(self, request_id: str) -> None:
         event = self.scheduler.abort(request_id, self.now)
@@ -185,6 +200,12 @@ class Drive:
 
     def check_ended(self, request_id: str) -> None:
         asked, events = self.asked[request_id], self.events[request_id]
+        if isinstance(events[-1], FailedEvent):
+            assert len(events) == 1
+            assert events[-1].error == "OverloadedError"
+            assert asked.budget is not None
+            assert asked.budget.policy == "strict"
+            return
         ends = [event for event in events if isinstance(event, FinishedEvent)]
         assert len(ends) == 1, (request_id, events)
         assert events[-1] is ends[0]
@@ -207,7 +228,15 @@ def test_every_request_ends_exactly_once(rng: random.Random) -> None:
     random_schedule(rng)
 
 
-def random_schedule(rng: random.Random) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32).map(random.Random))
+def test_every_request_ends_where_decisions_are_repeated(beside: bool, rng: random.Random) -> None:
+    """What is booked and laid out beside a running step is as good as what is planned after it."""
+    random_schedule(rng, ask_every=4, beside=beside)
+
+
+def random_schedule(rng: random.Random, ask_every: int = 1, beside: bool = False) -> None:
     """Random submits, aborts (also while the runner works), switches and ends, down to pools that hold one sequence."""
     policy = WantedPolicy()
     drive = Drive(
@@ -217,6 +246,8 @@ def random_schedule(rng: random.Random) -> None:
         max_running=rng.choice([1, 2, 8]),
         max_waiting=6,
         eos=(canned_token(9), canned_token(13)),
+        ask_every=ask_every,
+        beside=beside,
     )
 
     def abort_one() -> None:
@@ -488,6 +519,93 @@ def test_what_is_predicted_comes_true() -> None:
     assert accepted.predicted_seconds == pytest.approx(summary.total_seconds, rel=1e-6)
     assert summary.first_token_seconds == pytest.approx(step_seconds(FULL, 5), rel=1e-6)
     assert summary.queue_seconds == 0.0
+
+
+# ---- policies
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_every_policy_serves_a_burst(name: str) -> None:
+    """Three times more than the machine can do, of all kinds of requests: each ends once, floors hold (`check_plan`), only
+    strict ones are refused, every change of sub-model has its reason, and pages come back."""
+    rng = random.Random(name)
+    policy = make_policy(name, Rungs.of(LADDER, SettingsTable(LADDER)))
+    drive = Drive(policy=policy, timed=True, max_step_tokens=16, ask_every=4, num_pages=6 * ONE_SEQUENCE)
+    for _ in range(60):
+        budget = rng.choice(
+            [
+                None,
+                Budget(total_ms=rng.uniform(50, 2000), policy=rng.choice(["best-effort", "strict", "cut"])),
+                Budget(ttft_ms=rng.uniform(10, 500), tpot_ms=rng.uniform(5, 60)),
+            ]
+        )
+        fields: dict[str, Any] = rng.choice([{}, {"floor": rng.choice(LADDER.entries).id}, {"kv_mode": "exact"}])
+        with contextlib.suppress(BudgetInfeasibleError, OverloadedError):
+            drive.submit([rng.randrange(90) for _ in range(rng.randrange(1, 12))], 12, budget=budget, **fields)
+        for _ in range(rng.randrange(3)):
+            drive.step()
+    drive.run(limit=20_000)
+    stats = drive.scheduler.stats()
+    ended = [events[-1] for events in drive.events.values()]
+    summaries = [event.summary for event in ended if isinstance(event, FinishedEvent)]
+    started = sum(any(isinstance(event, TokenEvent) for event in events) for events in drive.events.values())
+    changes = sum(summary.switches for summary in summaries)
+    assert started + changes <= sum(stats.selected.values()) <= len(summaries) + changes, "a change without a reason"
+    assert {reason for _, reason in stats.selected} <= {reason.name.lower() for reason in Reason}
+    assert stats.switches.get("up", 0) + stats.switches.get("down", 0) == changes
+
+
+def test_a_policy_that_breaks_a_floor_is_caught() -> None:
+    class Careless(FixedPolicy):
+        def decide(self, view: View) -> Decision:
+            decision = super().decide(view)
+            return Decision(np.zeros_like(decision.place), decision.reason, decision.refuse, decision.chunk_tokens)
+
+    drive = Drive(policy=Careless(FULL))
+    drive.submit(floor="d3")
+    with pytest.raises(AssertionError, match="broke a floor"):
+        drive.step()
+
+
+def test_a_refusal_while_it_waits() -> None:
+    """A strict request that the policy gives up is told so once, with when to come back, and leaves no trace."""
+
+    class Refusing(FixedPolicy):
+        def decide(self, view: View) -> Decision:
+            decision = super().decide(view)
+            return Decision(decision.place, decision.reason, view.strict & (view.place < 0), decision.chunk_tokens)
+
+    drive = Drive(policy=Refusing(FULL))
+    strict = drive.submit(budget=Budget(total_ms=10_000, policy="strict"))
+    other = drive.submit()
+    drive.step()
+    [event] = drive.events[strict]
+    assert isinstance(event, FailedEvent)
+    assert (event.error, event.retry_after) == ("OverloadedError", 1.0)
+    drive.run()
+    assert len(drive.tokens(other)) == 4
+    assert drive.scheduler.stats().dropped == {"overloaded": 1}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_repeating_a_decision_gives_what_asking_every_step_gives(beside: bool) -> None:
+    """`fixed` always answers alike: then the same rows run in every step, whether it is asked or not."""
+
+    def plans(ask_every: int) -> list[list[tuple[str, int, int, int]]]:
+        rng = random.Random(5)
+        drive = Drive(policy=FixedPolicy(3), max_running=4, ask_every=ask_every, beside=beside and ask_every > 1)
+        seen = []
+        for number in range(30):
+            drive.submit([number % 7] * rng.randrange(1, 9), rng.randrange(1, 9), budget=rng.choice([None, HOUR]))
+            for _ in range(rng.randrange(4)):
+                plan = drive.step()
+                seen.append(
+                    [] if plan is None else [(p.request_id, p.submodel, p.start, p.stop) for p in plan.sequences]
+                )
+        drive.run()
+        return seen
+
+    assert plans(ask_every=8) == plans(ask_every=1)
 
 
 # ---- steps

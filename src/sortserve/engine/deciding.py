@@ -1,8 +1,13 @@
-"""When the policy is asked, and what stands between two answers: the last one."""
+"""When the policy is asked, and what stands between two answers: the last one.
+
+An arrival is answered before the next step is planned. Everything else (ends, prompts that go on, memory that was short,
+deadlines that come nearer) is looked at while the step after it runs, so that the policy's own time is nobody's.
+"""
 
 import numpy as np
 
-from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
+from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Policy, View
+from sortserve.engine.rungs import Ints
 from sortserve.engine.table import RequestTable
 
 ASK_EVERY = 8
@@ -12,47 +17,50 @@ ASK_SECONDS = 0.25
 
 
 class Decider:
-    """Asks the policy at events (`note`) and every few steps, and repeats its last answer in between."""
+    """Keeps the policy's last answer, and knows when it is out of date."""
 
     def __init__(self, policy: Policy, table: RequestTable, ask_every: int = ASK_EVERY) -> None:
+        """`ask_every` 1: before every step, for policies that are told things from outside."""
         self.policy = policy
+        self.ask_every = ask_every
         self.chunk_tokens = 0
         self.steps = 1  # run since the policy was asked
         self._table = table
-        self.ask_every = ask_every
-        self._steps_left = 0
+        self._urgent = True
+        self._stale = False
         self._until = -np.inf
 
-    def note(self) -> None:
-        """Something happened: an arrival, an end, a preemption, a prompt that goes on."""
-        self._steps_left = 0
+    def note(self, *, urgent: bool = False) -> None:
+        """Something happened. `urgent`: the next step must not be planned without asking."""
+        self._stale = True
+        self._urgent = self._urgent or urgent
 
-    def due(self, now: float) -> bool:
-        """Whether the next decision has to come from the policy."""
-        return self._steps_left <= 0 or now >= self._until
+    @property
+    def must_ask(self) -> bool:
+        """Whether the next step waits for the policy."""
+        return self._urgent or self.ask_every == 1
 
-    def step_repeated(self) -> None:
-        """A step ran by the last answer."""
-        self._steps_left -= 1
+    def may_ask(self, now: float) -> bool:
+        """Whether the last answer is out of date, so that it is worth asking beside a running step."""
+        return self.ask_every > 1 and (self._stale or self.steps >= self.ask_every or now >= self._until)
+
+    def step_ran(self) -> None:
+        """One more step by the last answer."""
         self.steps += 1
 
-    def decide(self, view: View) -> Decision:
-        """The policy's answer, or the last one again. Refusals are told once."""
-        count = len(view)
-        if not self.due(view.now):
-            self.step_repeated()
-            table = self._table
-            place, reasons = table.decided[:count].copy(), table.reasons[:count].copy()
-            return Decision(place, reasons, np.zeros(count, np.bool_), self.chunk_tokens)
+    def ask(self, view: View) -> tuple[bool, Ints]:
+        """Ask the policy, and keep its answer; returns whether anything is different now, and the rows it refuses."""
         decision = self.policy.decide(view)
-        place = decision.place
+        place = np.where(decision.refuse, SITS_OUT, decision.place)
         inside = (place >= view.floor) & (place <= view.ceiling)
         assert (inside | (place == SITS_OUT)).all(), "a policy broke a floor or a ceiling"
         assert (~decision.refuse | (view.strict & (view.place == NEVER_RAN))).all(), "a policy refused what may not be"
-        self._table.decided[:count] = place
-        self._table.reasons[:count] = decision.reason
+        table, count = self._table, len(view)
+        changed = bool((table.decided[:count] != place).any()) or decision.chunk_tokens != self.chunk_tokens
+        table.decided[:count] = place
+        table.reasons[:count] = decision.reason
         self.chunk_tokens = decision.chunk_tokens
-        self._steps_left = self.ask_every - 1
-        self.steps = 1
+        self.steps = 0
+        self._urgent = self._stale = False
         self._until = view.now + ASK_SECONDS
-        return decision
+        return changed, np.flatnonzero(decision.refuse)

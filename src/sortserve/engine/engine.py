@@ -6,6 +6,7 @@ plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = schedule
 import logging
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 MOST_KV_BYTES = 2 << 30
 """K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
+LONG_STEP_SECONDS = 0.02
+"""Bookkeeping is done beside steps at least so long: Python's lock is free most of such a step, not of a short one."""
 SMALL_LAYER = 1 << 20
 """Weights of a layer under which one thread is used: two gain at most a quarter on the bundled model, and beside one
 other busy process their barriers made a step of 1.5 ms take 104."""
@@ -51,6 +54,7 @@ class Engine:
     info: EngineInfo
     scheduler: Scheduler
     runner: Runner
+    helper: ThreadPoolExecutor  # one thread, for bookkeeping beside a long step; it never calls torch
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Engine":
@@ -104,7 +108,7 @@ class Engine:
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
         )
-        engine = cls(config, model_config, info, scheduler, runner)
+        engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
         if config.warmup:
             scheduler.cost = engine.measure()
         _log_start(engine, weights, has_ladder)
@@ -115,10 +119,20 @@ class Engine:
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
             return self.scheduler.take_events()
-        result = self.runner.run(plan)
+        if self.cost is None:
+            return self.scheduler.update(plan, self.runner.run(plan), time.monotonic())
+        shape = shape_of_parts(self.scheduler.rungs, plan.sequences)
+        predicted = float(self.cost.seconds(shape))
+        beside: Future[None] | None = None
+        if predicted >= LONG_STEP_SECONDS:
+            beside = self.helper.submit(self.scheduler.beside, plan, time.monotonic() + predicted)
+        try:
+            result = self.runner.run(plan)
+        finally:
+            if beside is not None:
+                beside.result()
         events = self.scheduler.update(plan, result, time.monotonic())
-        if self.cost is not None and plan.shape is not None:
-            self.cost.observe(plan.shape, result.seconds)
+        self.cost.observe(shape, result.seconds)
         return events
 
     @property

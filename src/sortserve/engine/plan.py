@@ -4,11 +4,12 @@ msgspec's structs, because some are made for every row of every step: one of `Se
 frozen dataclass takes 3.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sortserve.engine.cost import StepShape
 from sortserve.engine.protocol import TokenLogprob
 from sortserve.engine.sampling import SamplingParams
 
@@ -56,7 +57,7 @@ class SequencePlan(msgspec.Struct, frozen=True, gc=False):
     submodel: int  # place in the ladder
     exit: int
     spans: tuple[Span, ...]
-    tokens: tuple[int, ...]  # [stop - start] token ids of positions [start, stop)
+    tokens: Sequence[int]  # ids of the sequence's tokens from position 0: its own list, which only grows, not a copy
     watermark: tuple[int, ...]  # [exit] before the step
     pages: Ints  # [blocks, columns]
     state_pages: dict[tuple[int, int], tuple[int, ...]]
@@ -87,7 +88,6 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
 
     step: int
     sequences: tuple[SequencePlan, ...]
-    shape: StepShape | None = None  # what its time depends on; None where nobody asks
     confidence: bool = False  # whether the maximum probability of each token drawn is wanted
 
     @property

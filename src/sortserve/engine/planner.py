@@ -74,9 +74,9 @@ class Planner:
             submodel=place,
             exit=exit,
             spans=tuple(spans),
-            tokens=tuple(request.tokens[start:stop]),
+            tokens=request.tokens,
             watermark=tuple(kv.watermark[:exit]),
-            pages=kv.table[: len(kv.cells[0])],
+            pages=kv.table[: len(kv.cells[0])].copy(),  # the table moves on while the step runs
             state_pages={where: cell.pages for where, cell in kv.states.items()},
             keep_states=states,
             sample=request.sample_spec() if stop == len(request.tokens) and sampling.max_tokens > 0 else None,
@@ -84,39 +84,58 @@ class Planner:
             successors=successors,
         )
 
-    def repeat(self, request: Request, before: SequencePlan) -> SequencePlan | None:
+    def repeat(self, request: Request, before: SequencePlan, known: int) -> SequencePlan | None:
         """What `plan` gives a request that goes on as `before`, one token further; None where that takes more than moving
-        it on: memory, a chunk, settings to replay. A tenth of its time."""
+        it on and a page: a chunk, settings to replay, somebody else's memory. A tenth of its time. `known`: tokens of the
+        request; one more than it has where the last one is still to come."""
         kv, start, exit = request.kv, before.spans[-1].stop, before.exit
-        watermark, block_tokens = kv.watermark, self._kv.geometry.block_tokens
-        if (
-            start != len(request.tokens) - 1
-            or start % block_tokens == 0
-            or not watermark[0] == watermark[exit - 1] == start
-            or kv.settings[0, start] >= 0
-            or not request.running
-        ):
+        # a block that becomes whole may give way to a shared one like it, so the pages are those of the table then
+        published = start % self._kv.geometry.block_tokens == 0 or start - before.spans[0].start > 1
+        watermark = kv.watermark
+        if start != known - 1 or not watermark[0] == watermark[exit - 1] == start or not request.running:
             return None
-        state_pages = before.state_pages
-        if before.keep_states:
-            where = (start // block_tokens, exit)
-            if where not in kv.states:
-                return None
-            state_pages = {where: kv.states[where].pages}
-        elif request.keeps_states and exit < self._kv.geometry.num_segments:
+        if kv.settings[0, start] >= 0 or before.prompt_logprobs is not None:
+            return None
+        states = before.keep_states
+        if not states and request.keeps_states and exit < self._kv.geometry.num_segments:
             return None  # memory was short for states; it may not be now
+        block, within = divmod(start, self._kv.geometry.block_tokens)
+        pages = before.pages
+        if within == 0 and not self._kv.reserve(kv, exit, start + 1, states=states):
+            return None
+        if published:
+            pages = kv.table[: block + 1].copy()
+        state_pages = before.state_pages
+        if states:
+            cell = kv.states.get((block, exit))
+            if cell is None:
+                return None
+            state_pages = {(block, exit): cell.pages}
+        elif state_pages:
+            state_pages = {}
         asked = request.asked
         return SequencePlan(
             before.request_id,
             before.submodel,
             exit,
             (Span(start, start + 1, 0, exit, self._settings.targets[before.submodel]),),
-            (request.tokens[start],),
+            request.tokens,
             (start,) * exit,
-            before.pages,
+            pages,
             state_pages,
-            before.keep_states,
+            states,
             SampleSpec(asked.sampling, request.seed, start + 1, asked.prompt, ())
             if request.plain
             else request.sample_spec(),
+        )
+
+    def still_fits(self, request: Request, part: SequencePlan) -> bool:
+        """Whether a part that was laid out ahead is what `repeat` would give now."""
+        start, exit, kv = part.spans[0].start, part.exit, request.kv
+        return (
+            start == len(request.tokens) - 1
+            and request.running
+            and request.submodel == part.submodel
+            and kv.watermark[0] == kv.watermark[exit - 1] == start
+            and (not part.keep_states or (start // self._kv.geometry.block_tokens, exit) in kv.states)
         )

@@ -7,6 +7,7 @@ bundled model took 18 ms instead of 3).
 The process ends by itself when the one that started it is gone: then its standard input is at its end.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -102,6 +103,8 @@ def serve_engine(endpoint: str) -> int:
         except StartupError as error:
             socket.send(messages.encode(NotLoaded(type(error).__name__, error.message, error.param)))
             return 2
+        gc.collect()
+        gc.freeze()  # what was loaded stays: it need not be looked through for garbage again and again
         socket.send(messages.encode(Loaded(engine.info)))
         try:
             EngineLoop(engine, socket).run()

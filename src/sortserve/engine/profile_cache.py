@@ -33,7 +33,7 @@ def fitted(
         table = read_cost(path)
         logger.info("step times read from %s", path)
         return table, True
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, RuntimeError) as error:
         logger.warning("step times are measured anew: %s", error)

@@ -121,7 +121,7 @@ class Profiler:
             submodel=place,
             exit=exit,
             spans=(Span(start, stop, 0, exit, self._settings.targets[place]),),
-            tokens=(1,) * (stop - start),
+            tokens=(1,) * stop,
             watermark=(start,) * exit,
             pages=pages.astype(np.int32).reshape(blocks, columns),
             state_pages={},

@@ -61,11 +61,7 @@ class Runner:
         return StepResult(results, time.perf_counter() - began)
 
     def _embed(self, batch: SegmentBatch) -> Tensor:
-        tokens = [
-            token
-            for run in batch.entrants
-            for token in run.part.tokens[run.span.start - run.part.start : run.span.stop - run.part.start]
-        ]
+        tokens = [token for run in batch.entrants for token in run.part.tokens[run.span.start : run.span.stop]]
         return self._model.embed(torch.tensor(tokens))
 
     def _enter(self, staying: Tensor, batch: SegmentBatch) -> Tensor:

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from sortserve.engine.admission import Limits, Load, check_request, check_strict, resolve_terms
+from sortserve.engine.assembly import Assembly
 from sortserve.engine.booking import Books
 from sortserve.engine.cost import CostTable, StepCost
 from sortserve.engine.deciding import ASK_EVERY, Decider
 from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError, RequestError
-from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.forecast import Forecast, first_place
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
 from sortserve.engine.plan import Plan, SequencePlan, StepResult
-from sortserve.engine.planner import Planned, Planner, nobody
-from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Policy, Reason, View
+from sortserve.engine.planner import Planner
+from sortserve.engine.policies.protocol import NEVER_RAN, Policy, View
 from sortserve.engine.protocol import (
     AcceptedEvent,
     EngineStats,
@@ -32,7 +32,7 @@ from sortserve.engine.protocol import (
     Prediction,
 )
 from sortserve.engine.request import Request
-from sortserve.engine.rungs import Ints, Rungs
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.step import fill, in_order, rows_of
 from sortserve.engine.table import RequestTable
@@ -78,9 +78,14 @@ class Scheduler:
         self._table = RequestTable(self.rungs, kv, self.settings)
         self.decider = Decider(policy, self._table, ask_every)
         self._cutting: dict[str, Request] = {}  # with the budget policy `cut` and a total
-        self._repeatable: list[
-            tuple[Request, SequencePlan]
-        ] = []  # the last step's rows, if the next one may be its like
+        self._assembly = Assembly(
+            self.requests, self._planner, self.settings, self.rungs, ladder, self._tally, max_running
+        )
+        self._before: dict[str, SequencePlan] = {}  # the last step's parts
+        self._repeatable: list[tuple[Request, int]] = []  # its rows and their places, if the next step may be its like
+        self._running_plan: Plan | None = None  # the plan that `beside` was called for
+        self._refused: list[Request] = []
+        self._ended = False  # whether somebody did since `_repeatable` was looked through
         self._pending: list[Event] = []
 
     @property
@@ -91,7 +96,7 @@ class Scheduler:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         self.decider.policy = policy
-        self.decider.note()
+        self.decider.note(urgent=True)
 
     # ---- requests in and out
 
@@ -126,7 +131,7 @@ class Scheduler:
         )
         self.requests[asked.request_id] = request
         self._table.add(request)
-        self.decider.note()
+        self.decider.note(urgent=True)
         if asked.budget is not None and asked.budget.policy == "cut" and asked.budget.total_ms is not None:
             self._cutting[request.id] = request
         self._tally.prompt_tokens += len(asked.prompt)
@@ -148,132 +153,95 @@ class Scheduler:
 
     def schedule(self, now: float) -> Plan | None:
         """The next step, or None if nothing can run."""
+        self._refuse_decided()
         if self._cutting:
             self._cut_overdue(now)
         if not self.requests:
             return None
-        parts = self._repeated(now)
-        if parts is None:
-            parts = self._plan_anew(now)
+        if self.decider.must_ask:
+            self._ask(now)
+            self._refuse_decided()
+        parts = self._repeated() or self._plan_anew(now)
         if not parts:
+            self.decider.note(urgent=True)
             return None
+        self._before = {part.request_id: part for part in parts}
+        self._running_plan = None
         self._tally.steps += 1
-        shape = shape_of_parts(self.rungs, parts) if self.cost is not None else None
-        return Plan(self._tally.steps, tuple(parts), shape, getattr(self.policy, "wants_confidence", False))
+        self.decider.step_ran()
+        return Plan(self._tally.steps, tuple(parts), getattr(self.policy, "wants_confidence", False))
 
-    def _repeated(self, now: float) -> list[SequencePlan] | None:
-        """The last step's rows, each a token further, if the policy need not be asked and all of them can go on so; None
-        if the step has to be planned anew. What was reserved for it until then is found there."""
-        if not self._repeatable or self.decider.due(now):
+    def beside(self, plan: Plan, now: float) -> None:
+        """What need not wait for the end of a running plan: book its K/V, as if they were there already (nobody reads them
+        before the next step), ask the policy if its answer is out of date, and lay out the next step's single rows. May
+        be called from another thread while the runner works; `update` calls it if nobody did."""
+        if self._running_plan is plan:
+            return
+        self._running_plan = plan
+        for part in plan.sequences:
+            request = self.requests.get(part.request_id)
+            if request is None:
+                continue
+            if part.spans[0].start < part.watermark[0]:
+                refilled = sum(span.num_rows for span in part.spans if span.start < part.watermark[0])
+                request.refilled_tokens += refilled
+                self._tally.refilled_tokens += refilled
+            self.kv.advance(request.kv, request.tokens, part.exit, part.spans, states=part.keep_states)
+        if self.requests and self.decider.may_ask(now):
+            self._ask(now)
+        self._assembly.lay_out(plan.sequences)
+
+    def _ask(self, now: float) -> None:
+        """A new answer of the policy. Who it refuses is told when the next step is planned."""
+        requests = list(self._table.requests)
+        changed, refused = self.decider.ask(self._view(now))
+        self._refused += [requests[row] for row in refused.tolist()]
+        if changed:
+            self._repeatable = []
+
+    def _view(self, now: float) -> View:
+        cost = self.cost or CostTable.free(self.rungs)
+        return self._table.view(
+            now, cost, self._lengths, self._max_step_tokens, self._max_running, FEATURES, max(1, self.decider.steps)
+        )
+
+    def _repeated(self) -> list[SequencePlan] | None:
+        """The last step's rows, each a token further, if all of them can go on so and nobody else could join them; None if
+        the step has to be planned anew. What was reserved for it until then is found there."""
+        rows, count = self._repeatable, len(self.requests)
+        if self._ended:
+            rows = self._repeatable = [pair for pair in rows if pair[0].id in self.requests]
+            self._ended = False
+        sitting_out = int((self._table.decided[:count] < 0).sum())
+        if not rows or (len(rows) + sitting_out < count and len(rows) < self._max_running):
             return None
         parts = []
-        for request, before in self._repeatable:
-            part = self._planner.repeat(request, before)
+        for request, place in rows:
+            part = self._assembly.again(request, self._before.get(request.id), place)
             if part is None:
-                part = self._planner.plan(request, before.submodel, self._max_step_tokens * self.rungs.num_layers).part
-                if part is None or len(part.tokens) > 1:
-                    return None
+                return None
             parts.append(part)
-        self.decider.step_repeated()
-        self._repeatable = [(pair[0], part) for pair, part in zip(self._repeatable, parts, strict=True)]
         return parts
 
     def _plan_anew(self, now: float) -> list[SequencePlan]:
-        requests = list(self._table.requests)
-        cost = self.cost or CostTable.free(self.rungs)
-        view = self._table.view(
-            now, cost, self._lengths, self._max_step_tokens, self._max_running, FEATURES, self.decider.steps
-        )
-        decision = self.decider.decide(view)
-        place = decision.place
-        if decision.refuse.any():
-            place = np.where(decision.refuse, SITS_OUT, place)
-            for row in np.flatnonzero(decision.refuse).tolist():
-                self._refuse(requests[row])
+        requests, view = list(self._table.requests), self._view(now)
+        place, reasons = self._table.decided[: len(view)].copy(), self._table.reasons[: len(view)]
         runnable = np.where(place >= 0, place, 0)
-        have, start, stop = fill(view, place, decision.chunk_tokens)
+        have, start, stop = fill(view, place, self.decider.chunk_tokens)
         wanted = rows_of(view, runnable, have, start, stop) @ self.rungs.layers  # rows x layers
         order = in_order(view, place, start)
-        planned = self._plan_rows(requests, view, order, place, decision.reason, wanted, now)
-        singles = all(len(part.tokens) == 1 for _, part in planned)
-        steady = singles and len(planned) == int((view.running & (place >= 0)).sum())
-        if steady and (len(planned) == self._max_running or view.running[place >= 0].all()):
-            self._repeatable = planned
-        else:
-            self._repeatable = []
-            if not singles:  # a prompt goes on: who waits for it may change with every chunk
-                self.decider.note()
-        return [part for _, part in planned]
-
-    def _plan_rows(
-        self, requests: list[Request], view: View, order: Ints, place: Ints, reasons: Ints, wanted: Ints, now: float
-    ) -> list[tuple[Request, SequencePlan]]:
-        """Parts for those that the filling gave rows, in order; what somebody cannot use for want of memory is offered to
-        those behind. In the runner's order of rows: exit descending, like widths together."""
-        left, spare = self._max_step_tokens * self.rungs.num_layers, 0
-        num_running = int(view.running.sum())
-        planned: dict[str, tuple[Request, SequencePlan]] = {}
-        sitting_out = np.flatnonzero(place < 0).tolist()
-        for position, row in enumerate(order.tolist()):
-            most = int(wanted[row]) or spare
-            request = requests[row]
-            was_running = request.running
-            if most <= 0 or left <= 0 or (not was_running and num_running >= self._max_running):
-                continue
-            exit_layers = self.rungs.depth(int(place[row]))  # what was guessed as a resumed row may have to start anew
-
-            def victims(behind: Ints = order[position + 1 :]) -> list[Request]:
-                others = [requests[i] for i in (*behind.tolist(), *sitting_out)]
-                return [other for other in others if other.id in self.requests and other.id not in planned]
-
-            made = self._plan_request(
-                request, int(place[row]), Reason(int(reasons[row])), min(left, max(most, exit_layers)), victims
-            )
-            if made.part is None or not was_running:
-                num_running = sum(other.running for other in self.requests.values())
-            if made.part is None:
-                spare += int(wanted[row]) if made.memory_short else 0
-                continue
-            planned[request.id] = request, made.part
-            left -= made.cost
-            spare = max(0, spare - max(0, made.cost - int(wanted[row])))
+        parts = self._assembly.rows(requests, self._before, view, order, place, reasons, wanted)
+        for part in parts:
+            request = self.requests[part.request_id]
             if request.first_row is None:
-                self._accept(request, made.part, now)
-        return sorted(planned.values(), key=lambda pair: (-pair[1].exit, pair[1].widest))  # stable: requests keep order
-
-    def _plan_request(
-        self, request: Request, place: int, reason: Reason, max_cost: int, victims: Callable[[], list[Request]]
-    ) -> Planned:
-        """The request's part of the step on the chosen place, or where memory is short on the one it runs already, and
-        last on its floor. With exact K/V only depth gives way: other widths would start from the first token again, at
-        every step if the policy then wants the old ones back."""
-        attempts = [(place, reason)]
-        if place > request.floor:
-            tied = request.kv_mode == "exact" and request.submodel != NEVER_RAN
-            same = self.settings.compatible(place) if tied else None
-            for fallback in (request.submodel, request.floor):
-                if (same is None or fallback in same) and request.floor <= fallback < attempts[-1][0]:
-                    attempts.append((fallback, Reason.MEMORY))
-        made = Planned(None)
-        for number, (at, why) in enumerate(attempts):
-            made = self._planner.plan(request, at, max_cost, victims if number == len(attempts) - 1 else nobody)
-            if made.part is not None:
-                request.running = True
-                if at != request.submodel:
-                    self._note_change(request, at, why)
-            if not made.memory_short:
-                break
+                self._accept(request, part, now)
+        singles = all(part.spans[-1].stop - part.spans[0].start == 1 for part in parts)
+        self._repeatable = []
+        if singles and not self._assembly.memory_short:
+            self._repeatable = [(self.requests[part.request_id], part.submodel) for part in parts]
+        else:  # a prompt goes on, or memory was short: who waits for it may change with every chunk
             self.decider.note()
-        return made
-
-    def _note_change(self, request: Request, place: int, reason: Reason) -> None:
-        """Count a change of sub-model with its reason."""
-        self._tally.selected[self.ladder.entries[place].id, reason.name.lower()] += 1
-        if request.submodel != NEVER_RAN:
-            request.switches += 1
-            request.last_switch = request.num_output
-            self._tally.switched["up" if place > request.submodel else "down"] += 1
-        request.submodel = place
+        return parts
 
     # ---- what is told before a step ran
 
@@ -311,8 +279,14 @@ class Scheduler:
                     self._pending.append(AcceptedEvent(request.id, submodel, None, False))
                 self._pending.append(self._finish(request, "length", now))
 
+    def _refuse_decided(self) -> None:
+        """Strict requests that the policy gave up, unless they are gone: for now, their clients may come back."""
+        refused, self._refused = self._refused, []
+        for request in refused:
+            if request.id in self.requests and request.submodel == NEVER_RAN:
+                self._refuse(request)
+
     def _refuse(self, request: Request) -> None:
-        """The policy gives up a strict request that has not run: for now, its client may come back."""
         forecast = self._forecast()
         error = OverloadedError(
             f"the latency budget cannot be kept any more under the present load ({forecast.running.total()} running)",
@@ -331,16 +305,12 @@ class Scheduler:
 
     def update(self, plan: Plan, result: StepResult, now: float) -> list[Event]:
         """Book a finished step; returns the events in order. Rows of requests that ended meanwhile are thrown away."""
+        self.beside(plan, now)
         events = self.take_events()
         for part, gave in zip(plan.sequences, result.sequences, strict=True):
             request = self.requests.get(part.request_id)
             if request is None:
                 continue
-            if part.spans[0].start < part.watermark[0]:
-                refilled = sum(span.num_rows for span in part.spans if span.start < part.watermark[0])
-                request.refilled_tokens += refilled
-                self._tally.refilled_tokens += refilled
-            self.kv.advance(request.kv, request.tokens, part.exit, part.spans, states=part.keep_states)
             ending = self._books.book(request, part, gave, now, events)
             if ending == "error":
                 assert gave.error is not None
@@ -358,6 +328,7 @@ class Scheduler:
         del self.requests[request.id]
         self._cutting.pop(request.id, None)
         self._table.remove(request)
+        self._ended = True
         self.decider.note()
         self.kv.free(request.kv)
         request.running = False

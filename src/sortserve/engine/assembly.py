@@ -1,0 +1,147 @@
+"""From a decision to the parts of a step: the rows of each request that takes part, and the memory for them.
+
+A request that goes on as in the last step, one token further, is the common case by far; its part is laid out ahead, while
+the step before it still runs (`lay_out`), and only checked when its turn comes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.plan import SequencePlan
+from sortserve.engine.planner import Planned, Planner, nobody
+from sortserve.engine.policies.protocol import NEVER_RAN, Reason, View
+from sortserve.engine.request import Request
+from sortserve.engine.rungs import Ints, Rungs
+from sortserve.engine.settings import SettingsTable
+from sortserve.engine.tally import Tally
+
+
+class Assembly:
+    """Makes parts. `requests` is the scheduler's own mapping: who is in it is alive."""
+
+    def __init__(
+        self,
+        requests: Mapping[str, Request],
+        planner: Planner,
+        settings: SettingsTable,
+        rungs: Rungs,
+        ladder: Ladder,
+        tally: Tally,
+        max_running: int,
+    ) -> None:
+        self.memory_short = False  # whether somebody could not run as decided in the last step that was planned anew
+        self._requests = requests
+        self._planner = planner
+        self._settings = settings
+        self._rungs = rungs
+        self._ids = [entry.id for entry in ladder.entries]
+        self._tally = tally
+        self._max_running = max_running
+        self._ahead: dict[str, SequencePlan] = {}
+
+    # ---- rows that go on as before
+
+    def lay_out(self, parts: Sequence[SequencePlan]) -> None:
+        """Parts of the step after the one that these make, for single rows; their K/V are booked already, the token that
+        the step gives is not known yet."""
+        self._ahead = {}
+        for part in parts:
+            request = self._requests.get(part.request_id)
+            if request is not None and request.plain and part.sample is not None:
+                made = self._planner.repeat(request, part, known=len(request.tokens) + 1)
+                if made is not None:
+                    self._ahead[part.request_id] = made
+
+    def again(self, request: Request, before: SequencePlan | None, place: int) -> SequencePlan | None:
+        """The request's part if it goes on at `place` as in the last step, else None."""
+        part = self._ahead.get(request.id)
+        if part is not None and part.submodel == place and self._planner.still_fits(request, part):
+            return part
+        if before is None or before.submodel != place or request.submodel != place:
+            return None
+        return self._planner.repeat(request, before, known=len(request.tokens))
+
+    # ---- rows by a decision
+
+    def rows(
+        self,
+        requests: Sequence[Request],
+        before: Mapping[str, SequencePlan],
+        view: View,
+        order: Ints,
+        place: Ints,
+        reasons: Ints,
+        wanted: Ints,
+    ) -> list[SequencePlan]:
+        """Parts for those that the filling gave rows (`wanted`, rows x layers), in order; what somebody cannot use for want
+        of memory is offered to those behind. In the runner's order of rows: exit descending, like widths together."""
+        left, spare = view.step_tokens * self._rungs.num_layers, 0
+        num_running = int(view.running.sum())
+        planned: dict[str, SequencePlan] = {}
+        depths = self._rungs.runs @ self._rungs.layers
+        sitting_out = np.flatnonzero(place < 0).tolist()
+        self.memory_short = False
+        needed, places, causes = wanted.tolist(), place.tolist(), reasons.tolist()
+        for position, row in enumerate(order.tolist()):
+            most = needed[row] or spare
+            request = requests[row]
+            was_running = request.running
+            if most <= 0 or left <= 0 or (not was_running and num_running >= self._max_running):
+                continue
+            depth = int(depths[places[row]])  # what was guessed as a resumed row may have to start anew
+            part = self.again(request, before.get(request.id), places[row]) if depth <= left else None
+            if part is not None:
+                planned[request.id] = part
+                left -= depth
+                continue
+
+            def victims(behind: Ints = order[position + 1 :]) -> list[Request]:
+                others = [requests[i] for i in (*behind.tolist(), *sitting_out)]
+                return [other for other in others if other.id in self._requests and other.id not in planned]
+
+            made = self._row(request, places[row], Reason(causes[row]), min(left, max(most, depth)), victims)
+            if made.part is None or not was_running:
+                num_running = sum(other.running for other in self._requests.values())
+            if made.part is None:
+                spare += needed[row] if made.memory_short else 0
+                continue
+            planned[request.id] = made.part
+            left -= made.cost
+            spare = max(0, spare - max(0, made.cost - needed[row]))
+        return sorted(planned.values(), key=lambda part: (-part.exit, part.widest))  # stable: requests keep order
+
+    def _row(
+        self, request: Request, place: int, reason: Reason, max_cost: int, victims: Callable[[], list[Request]]
+    ) -> Planned:
+        """The request's part of the step on the chosen place, or where memory is short on the one it runs already, and
+        last on its floor. With exact K/V only depth gives way: other widths would start from the first token again, at
+        every step if the policy then wants the old ones back."""
+        attempts = [(place, reason)]
+        if place > request.floor:
+            tied = request.kv_mode == "exact" and request.submodel != NEVER_RAN
+            same = self._settings.compatible(place) if tied else None
+            for fallback in (request.submodel, request.floor):
+                if (same is None or fallback in same) and request.floor <= fallback < attempts[-1][0]:
+                    attempts.append((fallback, Reason.MEMORY))
+        made = Planned(None)
+        for number, (at, why) in enumerate(attempts):
+            made = self._planner.plan(request, at, max_cost, victims if number == len(attempts) - 1 else nobody)
+            if made.part is not None:
+                request.running = True
+                if at != request.submodel:
+                    self._note_change(request, at, why)
+            if not made.memory_short:
+                break
+            self.memory_short = True
+        return made
+
+    def _note_change(self, request: Request, place: int, reason: Reason) -> None:
+        """Count a change of sub-model with its reason."""
+        self._tally.selected[self._ids[place], reason.name.lower()] += 1
+        if request.submodel != NEVER_RAN:
+            request.switches += 1
+            request.last_switch = request.num_output
+            self._tally.switched["up" if place > request.submodel else "down"] += 1
+        request.submodel = place
