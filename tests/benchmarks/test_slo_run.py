@@ -19,6 +19,7 @@ def test_one_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags += ["--rungs", "ends", "--drain-seconds", "20", "--name", "try", "--tightness", "50"]
     monkeypatch.setattr("sys.argv", ["benchmarks/slo/__main__.py", "--trace", str(trace), *flags])
     monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # put back at the end
     slo.main()
     found = json.loads((tmp_path / "slo-try.json").read_text())
     assert [rung["submodel"] for rung in found["capacity"]] == [found["floor"], "d8"]
