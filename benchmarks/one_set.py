@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.common import CONTEXT, Driver, alternate, grid_ladder, median, report
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.runner import Runner
 from sortserve.engine.submodel import SubModel
 
 ROUNDS = 120
@@ -91,7 +92,9 @@ def _decode(driver: Driver) -> Callable[[], float]:
 
 def _weight_places(driver: Driver) -> dict[str, tuple[int, int]]:
     """Address and bytes of every weight tensor."""
-    weights = driver.engine.runner._model.weights
+    runner = driver.engine.runner
+    assert isinstance(runner, Runner)
+    weights = runner._model.weights
     places = {"embedding": (weights.embedding.data_ptr(), weights.embedding.nbytes)}
     for number, layer in enumerate(weights.layers):
         for part, linear in enumerate(layer.linears):

@@ -37,8 +37,8 @@ class Wandering:
         self._draw = np.random.default_rng(1)
 
     def decide(self, view: View) -> Decision:
-        """A new place for one in thirty, and for those that have not run."""
-        anew = (self._draw.random(len(view)) < 1 / 30) | (view.place < 0)
+        """A new place for one in forty, and for those that have not run."""
+        anew = (self._draw.random(len(view)) < 1 / 40) | (view.place < 0)
         place = np.where(anew, self._draw.integers(0, view.rungs.full + 1, len(view)), view.place)
         reason = np.full(len(view), int(Reason.FIXED))
         chunk = int(self._draw.choice([16, 32, 64]))
@@ -86,7 +86,7 @@ def _drive(engine: Engine, seconds: float) -> dict[StepKind, list[tuple[float, f
     ratios: dict[StepKind, list[tuple[float, float]]] = defaultdict(list)
     until, step, number = time.perf_counter() + seconds, 0, 0
     while time.perf_counter() < until:
-        wanted = 3 + int(10 * (1 + np.sin(step / 40)))  # the load comes and goes
+        wanted = 2 + int(6 * (1 + np.sin(step / 40)))  # the load comes and goes
         while len(scheduler.requests) < wanted:
             number += 1
             _add(engine, f"{until:.0f}-{number}", draw)
@@ -106,7 +106,7 @@ def _drive(engine: Engine, seconds: float) -> dict[StepKind, list[tuple[float, f
 
 
 def _add(engine: Engine, name: str, draw: np.random.Generator) -> None:
-    num_prompt, max_tokens = int(draw.integers(8, 200)), int(draw.integers(8, 60))
+    num_prompt, max_tokens = int(draw.integers(8, 120)), int(draw.integers(40, 120))
     prompt = tuple(draw.integers(0, engine.info.vocab_size, num_prompt).tolist())
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     floor = engine.info.ladder.entries[0].id

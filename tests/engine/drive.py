@@ -18,6 +18,7 @@ from sortserve.engine.protocol import (
     PromptLogprobsEvent,
     TokenEvent,
 )
+from sortserve.engine.runner import Runner
 from sortserve.engine.sampling import SamplingParams
 
 
@@ -84,6 +85,7 @@ def take(outcome: Outcome, event: Event) -> None:
 
 def last_logits(engine: Engine, prompt: Sequence[int], submodel: str = "auto") -> Tensor:
     """Logits [vocab] after the prompt."""
+    assert isinstance(engine.runner, Runner)
     model = engine.runner._model
     head, seen = model.head, list[Tensor]()
 

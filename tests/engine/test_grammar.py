@@ -22,6 +22,7 @@ from sortserve.engine.grammar import MOST_MATCHERS, Grammars, check_grammar, jso
 from sortserve.engine.llm import LLM
 from sortserve.engine.messages import Submit, decode_command, encode
 from sortserve.engine.protocol import Event, FailedEvent, FinishedEvent, TokenEvent
+from sortserve.engine.runner import Runner
 from sortserve.engine.sampler import Sampler, SamplingRow
 from sortserve.engine.sampling import MAX_GRAMMAR_CHARS, SamplingParams
 from sortserve.engine.text import Tokenizer
@@ -339,8 +340,7 @@ def test_masks_under_switches_preemptions_and_aborts(folder: Path, seed: int) ->
     policy.requests = engine.scheduler.requests
     engine.scheduler.policy = policy
     engine.scheduler.decider.ask_every = 1
-    grammars = engine.runner._grammars
-    assert grammars is not None
+    grammars = grammars_of(engine)
     fresh, used, allowed = Grammars(folder, PADDED, (EOS,)), 0, grammars.allowed
 
     def checking(request_id: str, grammar: str, output: tuple[int, ...]) -> Any:
@@ -392,9 +392,14 @@ def take_all(events: list[Event], outcomes: dict[str, Outcome]) -> None:
             outcomes[event.request_id].submodels.append(event.submodel)
 
 
-def held(engine: Engine) -> int:
+def grammars_of(engine: Engine) -> Grammars:
+    assert isinstance(engine.runner, Runner)
     assert engine.runner._grammars is not None
-    return len(engine.runner._grammars)
+    return engine.runner._grammars
+
+
+def held(engine: Engine) -> int:
+    return len(grammars_of(engine))
 
 
 # --- nothing is kept, and little is spent
@@ -402,9 +407,8 @@ def held(engine: Engine) -> int:
 
 def test_nothing_is_kept_of_requests_that_ended(folder: Path) -> None:
     engine = load_engine(folder)
-    assert engine.runner._grammars is not None
     run(engine, [ask("free", [5], SamplingParams(max_tokens=3))])
-    assert engine.runner._grammars._tokenizer is None, "the vocabulary is read although nobody needs it"
+    assert grammars_of(engine)._tokenizer is None, "the vocabulary is read although nobody needs it"
     for number in range(5):
         engine.scheduler.add(ask(f"r{number}", [5], constrained(PERSON)))
     for _ in range(3):

@@ -106,6 +106,9 @@ class EngineConfig:
     num_threads: int | None = None  # CPU threads of one step; None: PyTorch's own number, for small models 1
     prefix_cache: bool = True  # keep blocks of finished requests for prompts that begin alike
     dummy_weights: bool = False  # random weights of the model's shape, for benchmarks
+    simulates: str | None = (
+        None  # a device of simulator/hardware.py whose step times are waited for; None: the model runs
+    )
     warmup: bool = True  # measure the cost model before the first request
     profile_cache: bool = True  # keep what was measured for the next start on this machine, in the user's cache folder
 

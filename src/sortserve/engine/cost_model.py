@@ -51,6 +51,8 @@ class CostModel:
         self._others: Floats = np.zeros(3)  # base and head, K/V reads, pairs
         self._ratios: dict[StepKind, deque[tuple[float, bool]]] = {kind: deque(maxlen=REMEMBERED) for kind in KINDS}
         self._spread = dict.fromkeys(KINDS, NEW_SPREAD)
+        self.last_seconds = 0.0  # of the last step noted
+        self._noted: list[tuple[StepShape, float]] = []
 
     @property
     def factor(self) -> float:
@@ -70,6 +72,17 @@ class CostModel:
     def p90(self, shape: StepShape) -> Floats:
         """Seconds that nine of ten such steps stay under, [...]."""
         return self.seconds(shape) * self._spread[shape.kind]
+
+    def note(self, shape: StepShape, seconds: float) -> None:
+        """A step ran; `learn` makes something of it when nobody waits."""
+        self.last_seconds = seconds
+        self._noted.append((shape, seconds))
+
+    def learn(self) -> None:
+        """Learn from the steps that were noted."""
+        noted, self._noted = self._noted, []
+        for shape, seconds in noted:
+            self.observe(shape, seconds)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Learn from one step. What cannot be a time is passed over."""

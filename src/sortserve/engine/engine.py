@@ -6,7 +6,7 @@ plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = schedule
 import logging
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -15,6 +15,7 @@ import torch
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
@@ -22,6 +23,7 @@ from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
+from sortserve.engine.plan import Plan, StepRunner
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.profile_cache import fitted
@@ -31,6 +33,8 @@ from sortserve.engine.rungs import Rungs
 from sortserve.engine.runner import Runner
 from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
+from sortserve.engine.simulator.runner import SimulatedRunner
+from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ logger = logging.getLogger(__name__)
 MOST_KV_BYTES = 2 << 30
 """K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
+IDLE_SECONDS = 0.001
 LONG_STEP_SECONDS = 0.02
 """Bookkeeping is done beside steps at least so long: Python's lock is free most of such a step, not of a short one."""
 SMALL_LAYER = 1 << 20
@@ -53,7 +58,7 @@ class Engine:
     model_config: ModelConfig
     info: EngineInfo
     scheduler: Scheduler
-    runner: Runner
+    runner: StepRunner
     helper: ThreadPoolExecutor  # one thread, for bookkeeping beside a long step; it never calls torch
 
     @classmethod
@@ -68,10 +73,13 @@ class Engine:
         ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
         geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
         num_pages, max_model_len = _size_kv(config, model_config, geometry)
-        source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
-            model_config
-        )
-        weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+        simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
+        weights = None
+        if simulated is None:
+            source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
+                model_config
+            )
+            weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
         grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
@@ -85,16 +93,21 @@ class Engine:
             unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
             on_end=grammars.drop,
         )
-        runner = Runner(
-            model_config,
-            weights,
-            geometry,
-            scheduler.settings,
-            num_pages,
-            max_model_len,
-            model_config.eos_token_ids,
-            grammars,
-        )
+        runner: StepRunner
+        if weights is None:
+            assert simulated is not None
+            runner = simulated
+        else:
+            runner = Runner(
+                model_config,
+                weights,
+                geometry,
+                scheduler.settings,
+                num_pages,
+                max_model_len,
+                model_config.eos_token_ids,
+                grammars,
+            )
         info = EngineInfo(
             model=config.model_name,
             ladder=ladder,
@@ -102,14 +115,16 @@ class Engine:
             vocab_size=shape.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
             capabilities=FEATURES,
-            weight_bytes=weights.nbytes,
+            weight_bytes=ladder.costs[-1].weight_bytes if weights is None else weights.nbytes,
             kv_bytes=num_pages * geometry.page_bytes,
             block_tokens=geometry.block_tokens,
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
         )
         engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
-        if config.warmup:
+        if simulated is not None:
+            scheduler.cost = CostModel(simulated.cost)
+        elif config.warmup:
             scheduler.cost = engine.measure()
         _log_start(engine, weights, has_ladder)
         return engine
@@ -118,22 +133,31 @@ class Engine:
         """Plan, run and book one step; the events it gave, none if there was nothing to do."""
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
-            return self.scheduler.take_events()
-        if self.cost is None:
-            return self.scheduler.update(plan, self.runner.run(plan), time.monotonic())
-        shape = shape_of_parts(self.scheduler.rungs, plan.sequences)
-        predicted = float(self.cost.seconds(shape))
-        beside: Future[None] | None = None
-        if predicted >= LONG_STEP_SECONDS:
-            beside = self.helper.submit(self.scheduler.beside, plan, time.monotonic() + predicted)
+            events = self.scheduler.take_events()
+            if self.scheduler.requests and not events:
+                time.sleep(IDLE_SECONDS)  # everybody sits out, until time changes the policy's mind
+            return events
+        cost, beside = self.cost, None
+        if cost is not None and cost.last_seconds >= LONG_STEP_SECONDS:
+            beside = self.helper.submit(self._beside, plan, time.monotonic() + cost.last_seconds)
         try:
             result = self.runner.run(plan)
         finally:
             if beside is not None:
                 beside.result()
-        events = self.scheduler.update(plan, result, time.monotonic())
-        self.cost.observe(shape, result.seconds)
-        return events
+        now = time.monotonic()
+        shape = self._beside(plan, now) if beside is None else beside.result()
+        if cost is not None and shape is not None:
+            cost.note(shape, result.seconds)
+        return self.scheduler.update(plan, result, now)
+
+    def _beside(self, plan: Plan, now: float) -> StepShape | None:
+        """What need not wait for the end of a running plan. Returns its shape, where its time is to be learned from."""
+        self.scheduler.beside(plan, now)
+        if self.cost is None:
+            return None
+        self.cost.learn()
+        return shape_of_parts(self.scheduler.rungs, plan.sequences)
 
     @property
     def cost(self) -> CostModel | None:
@@ -143,6 +167,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The scheduler's, and how well steps are predicted."""
+        if self.cost is not None:
+            self.cost.learn()
         errors = {} if self.cost is None else self.cost.errors()
         return msgspec.structs.replace(
             self.scheduler.stats(),
@@ -151,6 +177,8 @@ class Engine:
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id."""
+        if self.cost is not None:
+            self.cost.learn()
         return self.scheduler.predict(prompt_tokens)
 
     # ---- warm-up
@@ -242,7 +270,27 @@ def _free_bytes() -> int:
         return 4 * MOST_KV_BYTES  # macOS and Windows do not tell
 
 
-def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
+def _simulated(
+    config: EngineConfig, shape: ModelShape, ladder: Ladder, eos_token_ids: tuple[int, ...]
+) -> SimulatedRunner | None:
+    """What stands in for the model, if something does."""
+    if config.simulates is None:
+        return None
+    try:
+        return SimulatedRunner.of(config.simulates, shape, ladder, eos_token_ids)
+    except ValueError as error:
+        raise StartupError(str(error), param="simulates") from error
+
+
+def _head_words(weights: ModelWeights | None) -> str:
+    if weights is None:
+        return "simulated"
+    return (
+        f"packed beside the embedding, {weights.head_bytes / (1 << 20):.0f} MiB" if weights.head_bytes else "unpacked"
+    )
+
+
+def _log_start(engine: Engine, weights: ModelWeights | None, has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
         "loaded %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
@@ -252,7 +300,7 @@ def _log_start(engine: Engine, weights: ModelWeights, has_ladder: bool) -> None:
         "/".join(map(str, info.ladder.exits)),
         engine.config.dtype,
         info.weight_bytes / mib,
-        f"packed beside the embedding, {weights.head_bytes / mib:.0f} MiB" if weights.head_bytes else "unpacked",
+        _head_words(weights),
         info.kv_bytes / mib,
         info.max_model_len,
     )

@@ -5,6 +5,7 @@ frozen dataclass takes 3.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -111,3 +112,11 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
 
     sequences: tuple[SequenceResult, ...]
     seconds: float
+
+
+class StepRunner(Protocol):
+    """What runs steps: a model, or a clock that stands in for one."""
+
+    def run(self, plan: Plan) -> StepResult:
+        """One step."""
+        ...

@@ -1,4 +1,4 @@
-"""The command line: `sortserve serve | generate | ladder | bench`.
+"""The command line: `sortserve serve | generate | ladder | bench | simulate`.
 
 `main` returns the exit code: 0, 1 for a request that was refused or an engine that died, 2 for a server or model that
 cannot start with what it was given. What needs torch is imported by the command that needs it.
@@ -27,6 +27,7 @@ Serve one set of sorted weights as many sub-models; each request says how long i
   sortserve generate --prompt 'Once upon' --budget-ms 300
   sortserve ladder ./Qwen2.5-0.5B               the sub-models it offers, and what they cost
   sortserve bench ./Qwen2.5-0.5B                how fast each of them is here
+  sortserve simulate --trace trace.csv --load 2 what a policy would keep of the budgets on a GPU
 """
 _SERVE = """\
 examples:
@@ -88,6 +89,11 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--max-tokens", type=positive, default=32, help="output tokens per prompt; default: 32")
     bench.add_argument("--batch", type=positive, default=8, help="prompts at a time for the throughput; default: 8")
     bench.add_argument("--repeats", type=positive, default=3, help="runs to take the median of; default: 3")
+
+    simulate = commands.add_parser("simulate", help="replay a trace against simulated GPUs, policies side by side")
+    from sortserve.engine.simulator.command import add_arguments
+
+    add_arguments(simulate.add_argument, positive)
     return parser
 
 
@@ -205,7 +211,13 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         help="measure step times at every start; else they are kept in $XDG_CACHE_HOME/sortserve or ~/.cache/sortserve",
     )
     add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
-    add("--backend", default="native", choices=("native",), help="default: native")
+    add(
+        "--backend",
+        default="native",
+        choices=("native", "simulated"),
+        help="simulated: waits as long as --simulates would take and makes up tokens; loads no weights. Default: native",
+    )
+    add("--simulates", default="h200", metavar="GPU", help="for --backend simulated: h100, h200, h200x4; default: h200")
     add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")
     add("--shutdown-timeout", type=_seconds, default=55.0, help="seconds to finish in on SIGTERM; default: 55")
     add(
@@ -227,6 +239,10 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "simulate":
+        from sortserve.engine.simulator.command import run
+
+        return run(args)
     folder = model_folder(args.model)
     if args.command == "serve":
         from sortserve.server.serve import serve

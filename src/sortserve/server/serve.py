@@ -91,6 +91,7 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         num_threads=args.threads,
         prefix_cache=not args.no_prefix_cache,
         profile_cache=not args.no_profile_cache,
+        simulates=args.simulates if args.backend == "simulated" else None,
     )
 
 

@@ -7,27 +7,30 @@ share of all steps. Requests without a budget have the same share once they wait
 
 import numpy as np
 
-from sortserve.engine.policies.outlook import Forecast, Outlook
+from sortserve.engine.policies.outlook import Outlook
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, View
 from sortserve.engine.rungs import Bools, Ints
 
 PATIENCE_SECONDS = 30.0
 SHARE_STEPS = 8
-"""Of so many steps, one is for those that waited for longer than the patience; two beyond twice it, four beyond four times."""
+"""One in so many steps is for those that waited longer than the patience; two beyond twice it, four beyond four times."""
 
 
 def refusable(view: View) -> Bools:
     """[n] may still be refused."""
-    return view.strict & view.budgeted & (view.place == NEVER_RAN)
+    may: Bools = view.strict & view.budgeted & (view.place == NEVER_RAN)
+    return may
 
 
-def turned_away(outlook: Outlook, forecast: Forecast, chosen: int, lowest: Ints) -> Bools:
-    """[n] those that nothing helps at their `lowest` place, and of those that wait so many as are predicted to miss, the
-    latest comers first. Of many late ones half are taken, since the others are then less late; the next step looks again.
+def turned_away(outlook: Outlook, late: Bools, hopeless: Bools) -> Bools:
+    """[n] the `hopeless` that have not begun, and of those that wait so many as are `late` [n], predicted to miss whatever
+    the policy could do, the latest comers first. Of many late ones half are taken, since the others are then less late; the
+    next step looks again. Who runs and will miss is no reason to turn others away: their coming was foreseen when it was
+    let in.
     """
     view = outlook.view
-    away = outlook.hopeless(lowest) & ~view.running
-    late = forecast.late(view)[chosen] & view.budgeted & ~away
+    away = hopeless & ~view.running
+    late = late & view.budgeted & ~view.running & ~away
     if not late.any():
         return away
     last_due = view.next_due[late].max()
@@ -50,9 +53,7 @@ def overdue_turn(view: View, dropped: Bools, decisions: int) -> Bools:
     return waited > PATIENCE_SECONDS
 
 
-def settle(
-    outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_tokens: int, decisions: int
-) -> Decision:
+def settle(outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_tokens: int, decisions: int) -> Decision:
     """The decision, in which the `dropped` ones are refused or served last at the place given for them."""
     view = outlook.view
     refuse = dropped & refusable(view)

@@ -1,4 +1,4 @@
-"""Policies to compare with: `reject-only`, `admission-only`, `global-cap`. They share prediction and admission with `slack`."""
+"""Policies to compare with: `reject-only`, `admission-only`, `global-cap`. Prediction and admission are those of `slack`."""
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class RejectOnly:
         outlook = self._clock.look(view)
         forecast = outlook.foresee(view.ceiling[None], chunks(view, 1))
         self._clock.note(view, forecast, 0, view.step_tokens)
-        dropped = turned_away(outlook, forecast, 0, view.ceiling)
+        dropped = turned_away(outlook, forecast.late(view)[0], outlook.hopeless(view.ceiling))
         reason = reasons(view, view.ceiling, Reason.FIXED)
         return settle(outlook, view.ceiling, reason, dropped, view.step_tokens, self._clock.decisions)
 
@@ -56,7 +56,7 @@ class AdmissionOnly:
         late = (forecast.late(view, self._margin) & view.budgeted).sum(1)
         chosen = int(len(caps) - 1 - np.argmin(late[::-1]))
         self._clock.note(view, forecast, chosen, view.step_tokens)
-        dropped = turned_away(outlook, forecast, chosen, view.floor)
+        dropped = turned_away(outlook, forecast.late(view)[chosen], outlook.hopeless(view.floor))
         reason = reasons(view, place[chosen], Reason.ADMISSION)
         return settle(outlook, place[chosen], reason, dropped, view.step_tokens, self._clock.decisions)
 
@@ -92,6 +92,6 @@ class GlobalCap:
                 cap, self._calm = cap + 1, 0
         self._cap = cap
         self._clock.note(view, forecast, cap, view.step_tokens)
-        dropped = turned_away(outlook, forecast, cap, view.floor)
+        dropped = turned_away(outlook, forecast.late(view)[cap], outlook.hopeless(view.floor))
         reason = reasons(view, place[cap], Reason.OTHERS)
         return settle(outlook, place[cap], reason, dropped, view.step_tokens, self._clock.decisions)

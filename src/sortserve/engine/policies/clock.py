@@ -16,7 +16,7 @@ _BUSY_STEPS = 32.0  # steps over which the share of steps with prompts is smooth
 
 
 class Clock:
-    """Feedback that all predicting policies share. Knows no requests."""
+    """Feedback that all predicting policies share. Keeps no requests; of one row the time of arrival and its tokens made."""
 
     def __init__(self) -> None:
         self.factor = 1.0  # measured over predicted, in [1/4, 4]
@@ -25,12 +25,14 @@ class Clock:
         self._prices: Prices | None = None
         self._ratios: deque[float] = deque(maxlen=_MEMORY)
         self._before: tuple[float, float] | None = None  # when the last decision was made, and its step as predicted
+        self._witness: tuple[float, int] | None = None  # a row of every step since: its arrival, output tokens it had
 
     def look(self, view: View) -> Outlook:
-        """The outlook at this moment; learns how long the last step took."""
-        if self._before is not None:
+        """The outlook at this moment; learns how long the last steps took."""
+        steps = self._steps_since(view)
+        if self._before is not None and steps > 0:
             then, predicted = self._before
-            ratio = (view.now - then) / max(predicted, 1e-9)
+            ratio = (view.now - then) / max(predicted * steps, 1e-9)
             if 1.0 / _PLAUSIBLE < ratio < _PLAUSIBLE:
                 self._ratios.append(ratio)
                 if len(self._ratios) == _MEMORY:
@@ -41,9 +43,23 @@ class Clock:
         self.decisions += 1
         return Outlook(view, self._prices, factor=self.factor, busy=self.busy)
 
+    def _steps_since(self, view: View) -> int:
+        """How many steps there were since the last decision, by the tokens of the witness; 0 if it has ended."""
+        if self._witness is None:
+            return 0
+        arrival, had = self._witness
+        found = np.flatnonzero(view.arrival == arrival)
+        return int(view.num_output[found[0]]) - had if len(found) == 1 else 0
+
     def note(self, view: View, forecast: Forecast, chosen: int, chunk_tokens: float) -> None:
         """Remember what was decided. The factor is in the prediction already and must not be learned again."""
         step = float(forecast.step[chosen])
-        self._before = (view.now, step / self.factor) if np.isfinite(forecast.first[chosen]).any() else None
+        soon = np.flatnonzero(view.running & (forecast.first[chosen] <= step) & (view.num_output > 0))
+        if len(soon):
+            witness = soon[np.argmax(view.expected_left[soon])]
+            self._before = (view.now, step / self.factor)
+            self._witness = (float(view.arrival[witness]), int(view.num_output[witness]))
+        else:
+            self._before = self._witness = None
         most = chunk_tokens * float(view.rungs.layers.sum())
         self.busy += (min(1.0, float(forecast.queue[chosen]) / most) - self.busy) / _BUSY_STEPS

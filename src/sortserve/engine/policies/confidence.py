@@ -25,6 +25,7 @@ class Confidence:
     """See the module. `steepness` of the logistic function, whose middle is `threshold`."""
 
     name = "confidence"
+    wants_confidence = True  # of the back end: it costs a softmax a row
 
     def __init__(
         self, threshold: float = 0.8, signal: Signal = "maximum", q: float = 0.5, steepness: float = 12.0
@@ -47,15 +48,17 @@ class Confidence:
         place = np.clip(np.where(known, wanted, view.ceiling), view.floor, view.ceiling)
         forecast = outlook.foresee(place[None], chunks(view, 1))
         self._clock.note(view, forecast, 0, view.step_tokens)
-        dropped = turned_away(outlook, forecast, 0, view.ceiling)
+        dropped = turned_away(outlook, forecast.late(view)[0], outlook.hopeless(view.ceiling))
         reason = reasons(view, place, Reason.CONFIDENCE)
         return settle(outlook, place, reason, dropped, view.step_tokens, self._clock.decisions)
 
     def _maximum(self, view: View, sure: Floats) -> Ints:
         part = np.clip((sure - self._threshold) / (1.0 - self._threshold), 0.0, 1.0)
-        return np.rint(view.ceiling - part * (view.ceiling - view.floor)).astype(np.int64)
+        place: Ints = np.rint(view.ceiling - part * (view.ceiling - view.floor)).astype(np.int64)
+        return place
 
     def _q_exit(self, view: View, sure: Floats) -> Ints:
         hazard = 1.0 / (1.0 + np.exp(-self._steepness * (sure - self._threshold)))
         exits = np.log(1.0 - self._q) / np.log1p(-np.clip(hazard, 1e-9, 1 - 1e-9))
-        return np.minimum(np.floor(exits), view.rungs.full).astype(np.int64)
+        place: Ints = np.minimum(np.floor(exits), view.rungs.full).astype(np.int64)
+        return place

@@ -90,6 +90,14 @@ class Outlook:
         work[tied] = np.where(again, redone, work[tied])
         rows[tied] = np.where(again, known, rows[tied])
 
+    def whole_cost(self) -> Floats:
+        """[n] seconds of machine time of the whole request on its ceiling, from the first token to the last."""
+        view, prices, at = self.view, self.prices, self.view.ceiling
+        prompt, answer = view.num_prompt, view.num_output + self.left
+        tokens = prices.row[at] + prices.context[at] * (prompt + answer / 2) + prices.sample
+        cost: Floats = prompt * (prices.row[at] + prices.pair[at] * prompt / 2) + answer * tokens
+        return cost
+
     def hopeless(self, place: Ints) -> Bools:
         """[n] who misses its deadline at `place` even if the machine had nothing else to do."""
         view = self.view
@@ -142,7 +150,8 @@ class Outlook:
         flat = (place + places * np.arange(candidates)[:, None]).ravel()
 
         def by_place(weights: Floats) -> Floats:
-            return np.bincount(flat, weights.ravel(), candidates * places).reshape(candidates, places)
+            sums: Floats = np.bincount(flat, weights.ravel(), candidates * places).astype(np.float64, copy=False)
+            return sums.reshape(candidates, places)
 
         singles = by_place(single.astype(np.float64))
         context = by_place(np.where(single, self.known, 0.0))

@@ -17,26 +17,29 @@ _SAMPLED = 64.0
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds of machine time by place. The last one is a latency: of a step that a lone row has to itself."""
+    """Seconds of machine time by place; `alone` is a latency, of a step that a lone row has to itself."""
 
     row: Floats  # [places] one row of a full step
     context: Floats  # [places] one token of K/V read by one row
     pair: Floats  # [places] one query x context pair of a chunk
     sample: float  # logits of one row
     alone: Floats  # [places] a step of one row
+    fixed: float  # what a large step takes whatever its number of rows
 
     @classmethod
     def of(cls, cost: StepCost, rungs: Rungs, step_tokens: int) -> "Prices":
-        """Ask for the times of 4 x places + 1 steps in one call."""
+        """Ask for the times of 4 x places + 2 steps in one call."""
         runs, share = rungs.runs.astype(np.float64), rungs.share
         places = len(runs)
-        rows = np.concatenate([np.full(3 * places, float(step_tokens)), np.ones(places), [float(step_tokens)]])
-        at = np.concatenate([np.tile(np.arange(places), 4), [rungs.full]])
+        rows = np.concatenate(
+            [np.full(3 * places, float(step_tokens)), np.ones(places), [step_tokens, step_tokens / 2]]
+        )
+        at = np.concatenate([np.tile(np.arange(places), 4), [rungs.full] * 2])
         context, pairs, sampled = np.zeros(len(at)), np.zeros(len(at)), np.zeros(len(at))
         context[places : 2 * places] = _MANY
         pairs[2 * places : 3 * places] = _MANY
-        sampled[3 * places :] = 1.0
-        sampled[-1] = _SAMPLED
+        sampled[3 * places : 4 * places] = 1.0
+        sampled[-2] = _SAMPLED
         shape = StepShape(
             rows[:, None] * runs[at],
             rows[:, None] * share[at],
@@ -52,6 +55,7 @@ class Prices:
             full / step_tokens,
             np.maximum(seconds[places : 2 * places] - full, 0.0) / _MANY,
             np.maximum(seconds[2 * places : 3 * places] - full, 0.0) / _MANY,
-            max(float(seconds[-1] - full[-1]), 0.0) / _SAMPLED,
+            max(float(seconds[-2] - full[-1]), 0.0) / _SAMPLED,
             seconds[3 * places : 4 * places],
+            max(float(2 * seconds[-1] - full[-1]), 0.0),
         )

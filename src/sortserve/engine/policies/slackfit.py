@@ -11,9 +11,9 @@ from sortserve.engine.policies.admission import settle, turned_away
 from sortserve.engine.policies.baselines import reasons
 from sortserve.engine.policies.clock import Clock
 from sortserve.engine.policies.protocol import Decision, Reason, View
-from sortserve.engine.rungs import Floats
+from sortserve.engine.rungs import Bools, Floats
 
-_PARTS = np.array([1.0, 0.5, 0.25, 0.125])  # of the most rows that a step takes
+_PARTS = np.array([1.0, 0.5, 0.25])  # of the most rows that a step takes
 
 
 class SlackFit:
@@ -28,9 +28,9 @@ class SlackFit:
     def decide(self, view: View) -> Decision:
         """See the class."""
         outlook = self._clock.look(view)
-        places = len(view.rungs.exits)
-        place = np.clip(np.repeat(np.arange(places), len(_PARTS))[:, None], view.floor, view.ceiling)
-        chunk = np.tile(_PARTS * view.step_tokens, places)
+        places = np.arange(view.floor[view.budgeted].min(initial=view.rungs.full), view.rungs.full + 1)
+        place = np.clip(np.repeat(places, len(_PARTS))[:, None], view.floor, view.ceiling)
+        chunk = np.tile(_PARTS * view.step_tokens, len(places))
         forecast = outlook.foresee(place, chunk)
         hopeless = outlook.hopeless(view.floor)
         stretch = self._stretch(view, forecast.first, forecast.last, hopeless)  # how far the times may grow
@@ -39,16 +39,16 @@ class SlackFit:
         grown = edges[np.minimum(bucket, self._buckets)] / forecast.step
         fits = stretch >= grown if len(view) else np.ones(len(chunk), np.bool_)
         if fits.any():
-            chosen = int(np.lexsort((chunk, np.repeat(view.rungs.quality, len(_PARTS)), fits))[-1])
+            chosen = int(np.lexsort((chunk, np.repeat(places, len(_PARTS)), fits))[-1])
         else:
             chosen = int(np.lexsort((chunk, stretch))[-1])
         self._clock.note(view, forecast, chosen, float(chunk[chosen]))
-        dropped = turned_away(outlook, forecast, chosen, view.floor)
+        dropped = turned_away(outlook, forecast.late(view)[chosen], hopeless)
         reason = reasons(view, place[chosen], Reason.DEADLINE)
         return settle(outlook, place[chosen], reason, dropped, int(chunk[chosen]), self._clock.decisions)
 
     @staticmethod
-    def _stretch(view: View, first: Floats, last: Floats, hopeless: Floats) -> Floats:
+    def _stretch(view: View, first: Floats, last: Floats, hopeless: Bools) -> Floats:
         """[k] the most urgent request's time over what it needs; those that nothing helps are not asked."""
         asked = view.budgeted & ~hopeless
         if not asked.any():

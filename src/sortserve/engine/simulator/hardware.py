@@ -1,9 +1,9 @@
 """Cost models of GPUs that nobody here has: step times from bytes, FLOPs and bandwidth. Every number is stated.
 
-Peak figures are the makers' data sheets (NVIDIA H100 SXM5 and H200 SXM: 989.4 TFLOP/s dense bfloat16 both, 3.35 and 4.8 TB/s,
-80 and 141 GB, NVLink 4 450 GB/s in each direction). Shares of them that are reached are assumptions, stated beside each
-one below; a fitted cost model of a real machine replaces all of this. A matrix product takes the longer of reading its
-weights and computing; kernels that run one after another add up.
+Peak figures are the makers' data sheets (NVIDIA H100 SXM5 and H200 SXM: 989.4 TFLOP/s dense bfloat16 both, 3.35 and
+4.8 TB/s, 80 and 141 GB, NVLink 4 450 GB/s in each direction). Shares of them that are reached are assumptions, stated
+beside each one below; a fitted cost model of a real machine replaces all of this. A matrix product takes the longer of
+reading its weights and computing; kernels that run one after another add up.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +52,7 @@ MODELS = {
     "llama-3.1-70b": ModelShape(80, 8192, 28672, 64, 8, 128, 128256),
 }
 
-# Sorted LLaMA (arXiv 2309.08968), Tables 4 and 5: (wins - losses) / 170 of each exit against the full 40-layer model, 2 epochs
+# Sorted LLaMA (arXiv 2309.08968), Tables 4 and 5: (wins - losses) / 170 of each exit against the full model, 2 epochs
 SORTED_LLAMA = {12: -0.797, 16: -0.753, 20: -0.479, 24: -0.268, 28: -0.259, 32: -0.115, 36: -0.076, 40: -0.059}
 DEGRADED_BELOW = 0.5
 """Entries of less than this share of the full model's score are not chosen by `auto`."""

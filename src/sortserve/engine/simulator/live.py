@@ -1,6 +1,7 @@
 """The requests alive in one replica, as a struct of arrays: one row each, in no order that matters."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +42,13 @@ _COLUMNS: Mapping[str, tuple[type, float]] = {
     "uniform": (np.bool_, 1),  # one place computed all of it
 }
 
+_KINDS: tuple[type, ...] = (np.int64, np.float64, np.bool_)
+_WIDE = ("computed", "cached", "made")
+
 
 class Live:
-    """Columns of `_COLUMNS`, and three with a second dimension. All have exactly one row per request."""
+    """Columns of `_COLUMNS` and `_WIDE`, each an attribute with exactly one row per request. Write into them in place; they
+    are other arrays after `add` and `keep`."""
 
     id: Ints
     arrival: Floats
@@ -78,19 +83,28 @@ class Live:
     made: Ints  # [n, places] output tokens by place
 
     def __init__(self, num_segments: int, num_places: int) -> None:
-        for name, (kind, _) in _COLUMNS.items():
-            setattr(self, name, np.zeros(0, kind))
-        self.computed = np.zeros((0, num_segments), np.int64)
-        self.cached = np.zeros((0, num_places), np.int64)
-        self.made = np.zeros((0, num_places), np.int64)
+        # one matrix [columns, capacity] per type, so that adding and dropping rows takes a few calls, not one per column
+        self._names = {kind: [name for name, (of, _) in _COLUMNS.items() if of is kind] for kind in _KINDS}
+        self._flat: dict[type, NDArray[Any]] = {
+            kind: np.zeros((len(names), 64), kind) for kind, names in self._names.items()
+        }
+        self._new: dict[type, NDArray[Any]] = {
+            kind: np.array([_COLUMNS[name][1] for name in names], kind) for kind, names in self._names.items()
+        }
+        self._wide = {
+            name: np.zeros((64, num_segments if name == "computed" else num_places), np.int64) for name in _WIDE
+        }
+        self._count = 0
+        self._expose()
 
     def __len__(self) -> int:
-        return len(self.id)
+        return self._count
 
     @property
     def known(self) -> Ints:
         """[n] tokens known."""
-        return self.num_prompt + self.num_output
+        known: Ints = self.num_prompt + self.num_output
+        return known
 
     def add(self, number: int, workload: Workload, *, floor: int, ceiling: int, expected: int) -> None:
         """Request `number` of the workload arrives."""
@@ -113,24 +127,47 @@ class Live:
             "group": int(workload.group[number]),
             "shared": int(workload.shared[number]),
         }
-        for name, (kind, default) in _COLUMNS.items():
-            column: NDArray[np.generic] = getattr(self, name)
-            setattr(self, name, np.append(column, np.array([values.get(name, default)], kind)))
-        for name in ("computed", "cached", "made"):
-            column = getattr(self, name)
-            setattr(self, name, np.concatenate([column, np.zeros((1, column.shape[1]), np.int64)]))
+        at = self._count
+        if at == self._flat[np.int64].shape[1]:
+            self._flat = {kind: np.concatenate([rows, rows], axis=1) for kind, rows in self._flat.items()}
+            self._wide = {name: np.concatenate([rows, rows]) for name, rows in self._wide.items()}
+        for kind, names in self._names.items():
+            column = self._new[kind].copy()
+            for place, name in enumerate(names):
+                if name in values:
+                    column[place] = values[name]
+            self._flat[kind][:, at] = column
+        for rows in self._wide.values():
+            rows[at] = 0
+        self._count += 1
+        self._expose()
 
     def keep(self, mask: Bools) -> None:
         """Only those of the mask stay."""
-        for name in (*_COLUMNS, "computed", "cached", "made"):
-            setattr(self, name, getattr(self, name)[mask])
+        stay = np.flatnonzero(mask)
+        for rows in self._flat.values():
+            rows[:, : len(stay)] = rows[:, stay]
+        for rows in self._wide.values():
+            rows[: len(stay)] = rows[stay]
+        self._count = len(stay)
+        self._expose()
+
+    def _expose(self) -> None:
+        """Make the attributes show the rows there are."""
+        count = self._count
+        for kind, names in self._names.items():
+            for name, row in zip(names, self._flat[kind], strict=True):
+                setattr(self, name, row[:count])
+        for name, rows in self._wide.items():
+            setattr(self, name, rows[:count])
 
     # ---- what follows from the columns
 
     def expected_left(self) -> Ints:
         """[n] output tokens still expected, at least 1. One that is longer than expected goes on a little, again and
         again."""
-        return np.maximum(self.expected - self.num_output, 1)
+        left: Ints = np.maximum(self.expected - self.num_output, 1)
+        return left
 
     def dues(self) -> tuple[Floats, Floats]:
         """[n] when the last expected token is due, and the nearest deadline; as `Budget.due` has it."""

@@ -21,7 +21,8 @@ from sortserve.engine.step import fill, in_order, shape_of
 
 IDLE_SECONDS = 1e-3
 """When nobody may run (all sit out), the policy is asked again after this."""
-NOISE_STEPS = 1 << 16
+NOISE_STEPS = 1 << 12
+"""Random numbers drawn per replica; then they come again."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ReplicaConfig:
     max_running: int = 256
     max_waiting: int = 1024
     ask_every: int = 8  # decode-only steps between two questions to the policy
+    ask_seconds: float = 0.25  # at most between two questions
     repeat: bool = True  # charge repeated steps together
     capabilities: frozenset[str] = frozenset({"refill", "sit_out", "reuse"})
     length_factor: float = 1.0  # expected answer length over the true one
@@ -49,12 +51,15 @@ class ReplicaConfig:
 class _Step:
     """Who runs. Rows of `live` where not said otherwise."""
 
+    view: View
     place: Ints  # [n] NEVER_RAN or SITS_OUT for who does not run
     reason: Ints  # [n]
     have: Ints  # [n, segments]
     start: Ints  # [n]
     stop: Ints  # [n]
     ran: Ints  # indices
+    after: Ints  # [n, segments] tokens computed when it is done
+    held_bytes: float  # K/V memory in use then
     repeats: int  # how often at most in a row, at least 1
 
 
@@ -72,6 +77,7 @@ class Replica:
         self._workload = workload
         self._decision: Decision | None = None
         self._since_asked = 0
+        self._asked_at = 0.0
         self._log = hashlib.blake2b(digest_size=16)
         self._noise = np.exp(config.noise * np.random.default_rng(config.noise_seed).standard_normal(NOISE_STEPS))
         self._confidence = np.random.default_rng(1).random(NOISE_STEPS) ** 0.35
@@ -157,9 +163,10 @@ class Replica:
     def _compose(self) -> _Step | None:
         """The next step, or None if nobody runs. Asks the policy where something happened since it was asked last."""
         view = self._view()
-        if self._decision is None or self._since_asked >= self._config.ask_every:
+        waited = self._since_asked >= self._config.ask_every or self.now >= self._asked_at + self._config.ask_seconds
+        if self._decision is None or waited:
             self._decision = self._policy.decide(view)
-            self._since_asked = 0
+            self._since_asked, self._asked_at = 0, self.now
             if self._refuse(view, self._decision):
                 view = self._view()
                 if not len(self.live):
@@ -168,20 +175,24 @@ class Replica:
         place, reason = decision.place, decision.reason
         for _ in range(8):
             have, start, stop = fill(view, place, decision.chunk_tokens)
-            short = self._short_bytes(place, have, start, stop)
-            if short <= 0:
+            after = self._after(place, have, start, stop)
+            held_bytes = self.memory.in_use(self.live, after)
+            if held_bytes <= self._config.kv.capacity:
                 break
+            short = held_bytes - self._config.kv.capacity
             place, reason = self._make_room(view, place, reason, start, short)
             self.records.memory_short += 1
             view = self._view()
         else:
             stop = np.where(self.live.running, stop, start)  # whoever runs goes on; nobody else starts
+            after = self._after(place, have, start, stop)
+            held_bytes = self.memory.in_use(self.live, after)
         ran = np.flatnonzero(stop > start)
         if not len(ran):
             self._decision = None
             return None
-        repeats = self._repeats(place, start, stop, ran)
-        return _Step(place, reason, have, start, stop, ran, repeats)
+        repeats = self._repeats(place, start, stop, ran, self._config.kv.capacity - held_bytes)
+        return _Step(view, place, reason, have, start, stop, ran, after, held_bytes, repeats)
 
     def _refuse(self, view: View, decision: Decision) -> bool:
         """End who is refused; whether there were any. The decision goes on without them."""
@@ -209,10 +220,6 @@ class Replica:
             after[lost[:, None] & ~runs] = 0
         return after
 
-    def _short_bytes(self, place: Ints, have: Ints, start: Ints, stop: Ints) -> float:
-        after = self._after(place, have, start, stop)
-        return self.memory.in_use(self.live, after) - self._config.kv.capacity
-
     def _make_room(self, view: View, place: Ints, reason: Ints, start: Ints, short: float) -> tuple[Ints, Ints]:
         """Who rises stays where it is; then memory is taken back from the back of the order."""
         live = self.live
@@ -224,7 +231,7 @@ class Replica:
             lower = np.where(to_floor & (place >= 0), live.floor, lower)
         return lower, np.where(lower != place, int(Reason.MEMORY), reason)
 
-    def _repeats(self, place: Ints, start: Ints, stop: Ints, ran: Ints) -> int:
+    def _repeats(self, place: Ints, start: Ints, stop: Ints, ran: Ints, room: float) -> int:
         """How many steps in a row must have this composition: only single rows run, all of which give a token, and
         nobody else could."""
         live, config = self.live, self._config
@@ -240,13 +247,12 @@ class Replica:
             return 1
         left = int((live.target[ran] - live.num_output[ran]).min())
         most = max(1, min(config.ask_every - self._since_asked, left))
-        room = config.kv.capacity - self.memory.in_use(live)
         page = len(ran) * (self.memory.sizes.token_layer * int(config.rungs.layers.sum()) + self.memory.sizes.state)
         return most if room > page * (most + 16) else 1
 
     def _run(self, step: _Step, until: float) -> None:
         """Charge and book the step, as often as it repeats without an arrival in between."""
-        shape = shape_of(self._view(), step.place, step.have, step.start, step.stop)
+        shape = shape_of(step.view, step.place, step.have, step.start, step.stop)
         count = step.repeats
         if count > 1:
             shape = _repeated(shape, count, self._config.rungs.exits[step.place[step.ran]])
@@ -254,14 +260,15 @@ class Replica:
         at = np.arange(self._num_steps, self._num_steps + count) % NOISE_STEPS
         ends = np.cumsum(np.concatenate([[self.now], seconds * self._noise[at]]))[1:]
         stalls = self._stalls[0][0] if self._stalls else np.inf
-        count = min(count, int(np.searchsorted(ends, min(until, stalls))) + 1)
+        event = min(until, stalls, self._asked_at + self._config.ask_seconds)
+        count = min(count, int(np.searchsorted(ends, event)) + 1)
         self._num_steps += count
         self.now = float(ends[count - 1])
         self._since_asked += count
         self._log.update(ends[:count].tobytes())
         self._log.update(self.live.id[step.ran].tobytes() + step.place[step.ran].tobytes())
         self._log.update(step.stop[step.ran].tobytes())
-        self.records.step(shape.kind, ends[:count], len(step.ran), self.memory.in_use(self.live))
+        self.records.step(shape.kind, ends[:count], len(step.ran), step.held_bytes)
         self._book(step, ends[:count], decode=shape.kind == "decode")
 
     def _book(self, step: _Step, ends: Floats, *, decode: bool) -> None:
@@ -271,10 +278,10 @@ class Replica:
         live.refilled[ran] += np.clip(np.minimum(stop, step.have[ran, 0]) - step.start[ran], 0, None) * (
             step.have[ran, 0] > step.start[ran]
         )
-        after = self._after(step.place, step.have, step.start, step.stop)
+        after = step.after
         if count > 1:
             after[ran] += np.where(self._config.rungs.runs[place], count - 1, 0)
-        live.computed = after
+        live.computed[:] = after
         live.running[ran] = True
         live.place[ran] = place
         full_again = after[ran, 0] == after[ran, self._config.rungs.exits[live.ceiling[ran]] - 1]
@@ -305,6 +312,8 @@ class Replica:
         new = ran[fresh]
         live.adopted[new] = live.cached[new, place[fresh]]
         changed = ~fresh & (place != live.place[ran])
+        if not changed.any():
+            return
         who = ran[changed]
         live.switches[who] += 1
         live.switched_at[who] = live.num_output[who]

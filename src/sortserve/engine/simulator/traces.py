@@ -45,11 +45,24 @@ class Trace:
         inside = (self.arrival >= start) & (self.arrival < start + seconds)
         return Trace(self.arrival[inside] - start, self.num_prompt[inside], self.num_output[inside])
 
+    def stretch(self, first: int, count: int, seconds: float) -> "Trace":
+        """`count` requests in a row from `first` on (going round at the end), their gaps scaled so that they take `seconds`.
+
+        The rate is then exact, and bursts keep their form. Raises ValueError if there are not so many requests.
+        """
+        if not 2 <= count <= len(self):
+            raise ValueError(f"{count} requests are asked for, the trace has {len(self)} and 2 are the least")
+        at = (first + np.arange(count)) % len(self)
+        lap = self.seconds + self.seconds / max(len(self) - 1, 1)
+        arrival = self.arrival[at] + np.where(at < first % len(self), lap, 0.0)
+        span = arrival[-1] - arrival[0]
+        return Trace((arrival - arrival[0]) * (seconds / span), self.num_prompt[at], self.num_output[at])
+
     def scaled_lengths(self, factor: float, most_prompt: int | None = None, most_output: int | None = None) -> "Trace":
         """Lengths times `factor`, rounded, at least 1, and cut off at the limits if given."""
 
         def scale(lengths: Ints, most: int | None) -> Ints:
-            scaled = np.maximum(np.rint(lengths * factor).astype(np.int64), 1)
+            scaled: Ints = np.maximum(np.rint(lengths * factor).astype(np.int64), 1)
             return scaled if most is None else np.minimum(scaled, most)
 
         return replace(
@@ -123,7 +136,7 @@ class Unloaded:
 
     def ttft(self, num_prompt: Ints) -> Floats:
         """[n] to the first token."""
-        return self.first + self.prompt_token * num_prompt
+        return np.asarray(self.first + self.prompt_token * num_prompt, np.float64)
 
     def total(self, num_prompt: Ints, num_output: Ints) -> Floats:
         """[n] to the last token."""

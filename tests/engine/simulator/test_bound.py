@@ -1,0 +1,171 @@
+"""The bound is one: above whatever was tried, equal to what can be worked out by hand, and not idle."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from sortserve.engine.policies.fixed import FixedPolicy
+from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
+from sortserve.engine.simulator.bound import best, least_work, subtrees
+from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.simulation import simulate
+from sortserve.engine.simulator.traces import Workload
+from tests.engine.simulator.little import RandomPolicy, little_config, little_workload, table
+
+pytest.importorskip("scipy")
+
+
+def _bound(config: ReplicaConfig, workload: Workload, replicas: int = 1, bucket: float = 0.02) -> tuple[float, float]:
+    found = best(
+        workload,
+        config.rungs,
+        table(config),
+        step_tokens=config.step_tokens,
+        replicas=replicas,
+        bucket=bucket,
+    )
+    return found.goodput, found.met
+
+
+class _Scripted:
+    """Follows a script: at each question the next choice for each request (by arrival), or -2 to refuse it."""
+
+    name = "scripted"
+
+    def __init__(self, script: Sequence[tuple[int, ...]]) -> None:
+        self._script = script
+        self._asked = 0
+
+    def decide(self, view: View) -> Decision:
+        choices = self._script[min(self._asked, len(self._script) - 1)]
+        self._asked += 1
+        rank = np.searchsorted(np.array([0.0, 0.001]), view.arrival, side="right") - 1
+        chosen = np.array(choices)[rank]
+        refuse = (chosen == -2) & view.strict & (view.place == NEVER_RAN)
+        place = np.where(chosen < 0, SITS_OUT, np.clip(chosen, view.floor, view.ceiling))
+        return Decision(place, np.zeros(len(view), np.int64), refuse, view.step_tokens)
+
+
+def test_no_schedule_at_all_beats_it_on_tiny_cases() -> None:
+    """All ways to give two requests of two or three tokens one of two rungs, a pause or a refusal at each of two
+    questions, and one of them for the rest; budgets are so tight that not everything can be had."""
+    config = little_config(ask_every=1)
+    rungs = replace(config.rungs, default_floor=1)
+    config = replace(config, rungs=rungs)
+    binding = 0
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        never = np.full(2, np.inf)
+        workload = Workload(
+            np.array([0.0, 0.001]),
+            rng.integers(4, 40, 2),
+            rng.integers(1, 3, 2),
+            never,
+            never,
+            rng.uniform(0.012, 0.04, 2),
+            np.ones(2, np.bool_),
+            np.full(2, -1, np.int64),
+            np.zeros(2, np.int64),
+        )
+        goodput, met = _bound(config, workload, bucket=0.002)
+        pairs = list(itertools.product((1, 3, -1, -2), repeat=2))
+        later = list(itertools.product((1, 3, -1), repeat=2))
+        reached_goodput = reached_met = 0.0
+        for script in itertools.product(pairs, later, [(1, 1), (3, 3)]):
+            records = simulate(config, partial(_Scripted, script), workload).records
+            reached_goodput = max(reached_goodput, float(records.quality[records.met].sum()))
+            reached_met = max(reached_met, float(records.met.sum()))
+        assert reached_goodput <= goodput + 1e-6
+        assert reached_met <= met + 1e-6
+        binding += goodput < 2 - 1e-6
+    assert binding, "every budget could be kept at full quality: the bound says nothing"
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_nothing_that_runs_beats_it(replicas: int) -> None:
+    """Random and fixed policies on random workloads, budgets from hopeless to easy, with and without widths."""
+    ratios = []
+    for seed in range(10):
+        widths = (64,) if seed % 2 else (32, 64)
+        config = little_config(widths)
+        workload = little_workload(40, seed, rate=(10.0, 30.0, 100.0)[seed % 3], factor=(0.7, 1.5)[seed % 2])
+        goodput, met = _bound(config, workload, replicas)
+        floor, full = config.rungs.default_floor, config.rungs.full
+        policies: tuple[Callable[[], Policy], ...] = (
+            partial(FixedPolicy, floor),
+            partial(FixedPolicy, full),
+            partial(RandomPolicy, seed),
+        )
+        for make in policies:
+            records = simulate(config, make, workload, replicas).records
+            assert records.quality[records.met].sum() <= goodput + 1e-6
+            assert records.met.sum() <= met + 1e-6
+            ratios.append(float(records.quality[records.met].sum()) / goodput)
+    assert max(ratios) > 0.8, "the bound is far above everything"
+
+
+def test_full_quality_where_there_is_time_and_nothing_where_there_is_none() -> None:
+    config = little_config()
+    easy = little_workload(30, 2, rate=5.0, factor=20.0)
+    count = int(easy.budgeted.sum())
+    goodput, met = _bound(config, easy, bucket=0.5)
+    assert goodput == pytest.approx(count)
+    assert met == pytest.approx(count)
+    hopeless = replace(easy, ttft=easy.ttft * 1e-6, total=easy.total * 1e-6)
+    assert _bound(config, hopeless, bucket=0.001)[0] < 0.1 * count
+
+
+def test_at_twice_what_the_full_model_can_the_mix_is_the_best_by_hand() -> None:
+    """Equal requests with one window: the bound is the knapsack of quality over work, two neighbouring rungs mixed."""
+    config = little_config()
+    count = 50
+    never = np.full(count, np.inf)
+    workload = Workload(
+        np.zeros(count), np.full(count, 32), np.full(count, 1), never, never, np.full(count, 1.0),
+        np.ones(count, np.bool_), np.full(count, -1, np.int64), np.zeros(count, np.int64),
+    )  # fmt: skip
+    places = np.arange(config.rungs.default_floor, config.rungs.full + 1)
+    work = least_work(workload, config.rungs, table(config), config.step_tokens, places)
+    each = (work.prompt + work.rest)[0]
+    quality = config.rungs.quality[places]
+    available = count * each[-1] / 2
+    mixed = max(
+        count * (quality[low] * (1 - t) + quality[high] * t)
+        for low, high in itertools.combinations(range(len(places)), 2)
+        if 0 <= (t := (available / count - each[low]) / (each[high] - each[low])) <= 1
+    )
+    alone = max(quality * np.minimum(available / each, count))  # one rung, the rest refused
+    within = replace(workload, total=np.full(count, available))
+    goodput, met = _bound(config, within, bucket=available * 1.0000001)
+    assert goodput == pytest.approx(max(mixed, alone), rel=1e-3)
+    assert met == pytest.approx(min(count, available / each[0]), rel=1e-3)
+
+
+def test_requests_without_a_budget_take_their_work_by_the_time_patience_ends() -> None:
+    config = little_config()
+    workload = little_workload(60, 5, rate=200.0)
+    cost = table(config)
+    free = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05).goodput
+    charged = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.5).goodput
+    hopeless = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.01).goodput
+    assert charged < free - 0.1
+    assert hopeless == pytest.approx(free), "what nobody can do is not asked for"
+
+
+def test_windows_are_whole_subtrees() -> None:
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 60, 200)
+    stop = start + rng.integers(1, 5, 200)
+    owners, nodes = subtrees(start, stop, 64)
+    for job in range(200):
+        leaves: list[int] = []
+        for node in nodes[owners == job].tolist():
+            low = high = node
+            while low < 64:
+                low, high = 2 * low, 2 * high + 1
+            leaves += range(low - 64, high - 63)
+        assert sorted(leaves) == list(range(start[job], stop[job]))
