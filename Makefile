@@ -17,7 +17,7 @@ CODE := $(wildcard src tests benchmarks)
 SCRIPTS := .ci docker deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compat test-deploy check fuzz audit format bench soak clean
+.PHONY: help serve test test-compat test-deploy check fuzz audit format bench slo soak clean
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
@@ -30,6 +30,7 @@ help:
 	@echo "make audit   look for known advisories of the pinned versions; needs the package index"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make bench   run the benchmarks; ARGS='...' go to them"
+	@echo "make slo ARGS='--trace FILE'   a trace replayed against a server under several policies and loads: ten minutes and more"
 	@echo "make clean   remove caches and build output; the virtual environments stay"
 	@echo "PYTHON=$(PYTHON) is the interpreter that new virtual environments are made with"
 
@@ -91,6 +92,9 @@ format: $(DEV_ENV)/.installed
 
 bench: $(DEV_ENV)/.installed
 	@$(HUGE_PAGES) $(DEV_ENV)/bin/python -m benchmarks $(ARGS)
+
+slo: $(DEV_ENV)/.installed
+	@$(HUGE_PAGES) $(DEV_ENV)/bin/python -m benchmarks.slo $(ARGS)
 
 soak: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m benchmarks.soak $(ARGS)

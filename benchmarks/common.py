@@ -211,17 +211,11 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
     """Print which targets are reached, write the JSON, and end in one JSON line."""
     for check, reached in checks.items():
         print(f"  {'reached ' if reached else 'MISSED  '} {check}")
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     line = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
-        "command": " ".join(["python -m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
+        "commit": commit(),
+        "command": module_command(),
         "machine": machine(),
         "figures": figures,
         "reached": checks,
@@ -231,8 +225,18 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
     print(json.dumps(line))
 
 
-def _module(path: Path) -> str:
-    """The name that `python -m` was given."""
-    parts = path.with_suffix("").parts
+def commit() -> str:
+    """What was measured, as git names it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def module_command() -> str:
+    """The command that was given, as `python -m` takes it."""
+    parts = Path(sys.argv[0]).with_suffix("").parts
     names = parts[len(parts) - 1 - parts[::-1].index("benchmarks") :] if "benchmarks" in parts else parts[-1:]
-    return ".".join(name for name in names if name != "__main__")
+    return " ".join(["python -m", ".".join(name for name in names if name != "__main__"), *sys.argv[1:]])

@@ -214,6 +214,18 @@ def test_quality_floor_does_not_trust_a_lucky_small_entry() -> None:
     assert of_qualities([0.9]).quality_floor(1.0) == 1
 
 
+def test_quality_of_an_answer_is_the_mean_over_its_tokens() -> None:
+    full = SubModel.full(SHAPE)
+    entries = [Entry("a", SubModel.make(3, 32)), Entry("b", SubModel.make(6, 32), Quality(0.9)), Entry("c", full)]
+    ladder = Ladder.of(SHAPE, entries)
+    costs = [cost.weight_bytes for cost in ladder.costs]
+    assert ladder.qualities == (costs[0] / costs[2], 0.9, 1.0), "unmeasured: the share of the weight bytes"
+    assert ladder.mean_quality({"b": 3, "c": 1}) == pytest.approx(0.925)
+    assert ladder.mean_quality({"c": 7}) == 1.0
+    assert ladder.mean_quality({}) is None
+    assert ladder.mean_quality({"c": 7, "of another ladder": 1}) is None
+
+
 def test_an_unknown_id_is_told_with_what_there_is() -> None:
     with pytest.raises(NotFoundError, match=r"'d9'.*d1-w50, d1, d3-w50") as raised:
         small_ladder().place("d9", param="submodel_floor")

@@ -263,6 +263,26 @@ async def test_metrics(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     assert "le=0.001" in bounds[0]
 
 
+async def test_quality_and_goodput(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    """d2 has 0.8, d4-w50 0.9, d4 1: what is finished counts, in time or late or without a budget; goodput only
+    what was in time; and what is refused or breaks is worth nothing."""
+    await complete(client, latency_budget_ms=60_000, submodel="d2")
+    backend.submodels = ("d4-w50", "d4")
+    await complete(client, latency_budget_ms=60_000)
+    await complete(client)
+    await complete(client, latency_budget_ms=0.001, submodel="d2")
+    backend.fail_after = 2
+    await client.post("/v1/completions", json={"prompt": "x", "latency_budget_ms": 60_000})
+    found = await samples(client)
+    mixed = (6 * 0.9 + 5 * 1.0) / 11
+    assert found["quality_ratio_count{outcome=met}"] == 2
+    assert found["quality_ratio_sum{outcome=met}"] == pytest.approx(0.8 + mixed)
+    assert found["quality_ratio_sum{outcome=missed}"] == pytest.approx(0.8)
+    assert found["quality_ratio_sum{outcome=no-budget}"] == pytest.approx(mixed)
+    goodput = {name: value for name, value in found.items() if name.startswith("goodput_total")}
+    assert goodput == pytest.approx({"goodput_total{submodel=d2}": 0.8, "goodput_total{submodel=d4-w50}": mixed})
+
+
 async def test_metrics_in_openmetrics(client: httpx.AsyncClient) -> None:
     answer = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert answer.headers["Content-Type"].startswith("application/openmetrics-text")

@@ -155,6 +155,24 @@ class Ladder:
         return tuple(entry.submodel.cost(self.shape) for entry in self.entries)
 
     @cached_property
+    def qualities(self) -> tuple[float, ...]:
+        """Quality of each entry, in the ladder's order: the measured one. Where nothing was measured the share of the full
+        model's weight bytes stands in, so that more is never worse."""
+        full_bytes = self.costs[-1].weight_bytes
+        return tuple(
+            entry.quality.value if entry.quality is not None else cost.weight_bytes / full_bytes
+            for entry, cost in zip(self.entries, self.costs, strict=True)
+        )
+
+    def mean_quality(self, tokens: Mapping[str, int]) -> float | None:
+        """Quality of an answer: the mean over its output tokens, given their numbers by id. None without any, or where one
+        is of no entry (an engine that was replaced may have read another file)."""
+        total = sum(tokens.values())
+        if not total or not tokens.keys() <= self._places.keys():
+            return None
+        return sum(self.qualities[self._places[name]] * number for name, number in tokens.items()) / total
+
+    @cached_property
     def _places(self) -> dict[str, int]:
         return {entry.id: place for place, entry in enumerate(self.entries)}
 

@@ -18,9 +18,8 @@ Bools = NDArray[np.bool_]
 class Rungs:
     """One row per place of the ladder, cheapest first; the last one is the full model.
 
-    `quality` is the measured one, in [0, 1]. Where nothing was measured it is the share of the full model's weight bytes, so
-    that more is never worse; either way it is made to rise with the place (a policy that takes a dearer rung for
-    less quality would be wrong, whatever noise a measurement had).
+    `quality` is the ladder's, in [0, 1], made to rise with the place: a policy that takes a dearer rung for less quality
+    would be wrong, whatever noise a measurement had.
     """
 
     exits: Ints  # [places] number of segments that run
@@ -45,18 +44,13 @@ class Rungs:
             for segment in range(table.exits[place]):
                 widths = entry.submodel.widths[bounds[segment] : bounds[segment + 1]]
                 share[place, segment] = sum(widths) / ladder.shape.ffn_width
-        full_bytes = ladder.costs[-1].weight_bytes
-        quality = [
-            entry.quality.value if entry.quality is not None else cost.weight_bytes / full_bytes
-            for entry, cost in zip(ladder.entries, ladder.costs, strict=True)
-        ]
         exits = np.asarray(table.exits, np.int64)
         return cls(
             exits,
             settings,
             share,
             np.array([end - start for start, end in pairwise(bounds)], np.int64),
-            np.maximum.accumulate(np.asarray(quality, np.float64)),
+            np.maximum.accumulate(np.asarray(ladder.qualities, np.float64)),
             ladder.default_floor,
             np.arange(segments) < exits[:, None],
         )

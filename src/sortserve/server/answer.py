@@ -165,13 +165,10 @@ def usage(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
 
 def tell(job: Job, answers: Sequence[Answer], now: float) -> dict[str, Any]:
     """The `sortserve` object."""
-    submodels: Counter[str] = Counter()
-    for answer in answers:
-        submodels.update(answer.submodels)
     summaries = [answer.summary for answer in answers if answer.summary is not None]
     budget = job.terms.budget
     return {
-        "submodels": dict(submodels),
+        "submodels": tokens_by_submodel(answers),
         "switches": sum(answer.switches for answer in answers),
         "refilled_tokens": sum(answer.refilled_tokens for answer in answers),
         "budget_ms": None if budget is None else budget.total_ms,
@@ -182,6 +179,14 @@ def tell(job: Job, answers: Sequence[Answer], now: float) -> dict[str, Any]:
         "kv": job.terms.effective_kv_mode,
         "cut": any(summary.cut for summary in summaries),
     }
+
+
+def tokens_by_submodel(answers: Sequence[Answer]) -> dict[str, int]:
+    """Output tokens of all answers, by the id of what made them."""
+    submodels: Counter[str] = Counter()
+    for answer in answers:
+        submodels.update(answer.submodels)
+    return dict(submodels)
 
 
 def all_met(job: Job, answers: Sequence[Answer], now: float) -> bool | None:

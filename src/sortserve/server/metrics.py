@@ -7,7 +7,7 @@ raw budget or anything else a client can make up.
 import platform
 from collections import Counter as Tally
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -20,7 +20,10 @@ from sortserve.server.vllm_metrics import NO_SUBMODEL, VllmCollector
 
 # 1 ms to 10 minutes in steps of about 2
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 600.0)
+# most of a ladder's rungs lie near 1, and so do the answers that mix them
+QUALITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999, 1.0)
 RATIOS = (-4.0, -2.0, -1.0, -0.5, -0.25, -0.1, -0.05, 0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+NO_BUDGET = "no-budget"  # the outcome of a request that had none to keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Served:
     time_to_first_token: float | None = None
     time_per_output_token: float | None = None
     elapsed: float | None = None  # arrival to last token
+    tokens: Mapping[str, int] = field(default_factory=dict)  # of a complete answer, by sub-model; else empty
 
 
 class Metrics:
@@ -67,6 +71,19 @@ class Metrics:
         self._budget = histogram("budget_seconds", "Total budgets, as applied")
         self._slack = histogram("budget_slack_ratio", "(budget - time taken) / budget; below 0 is late", RATIOS)
         self._error = histogram("latency_prediction_error_ratio", "(predicted - taken) / taken", RATIOS)
+        self._quality = Histogram(
+            "sortserve_quality_ratio",
+            "Quality of complete answers, 1 is the full model's: the ladder's, averaged over an answer's tokens",
+            ("model", "outcome"),
+            buckets=QUALITIES,
+            registry=registry,
+        )
+        self._goodput = Counter(
+            "sortserve_goodput",
+            "Quality of the answers that met their budget, summed: its rate is the goodput",
+            ("model", "submodel"),
+            registry=registry,
+        )
         if vllm:
             registry.register(VllmCollector(self._engine.view, self._first, self._per_token, self._duration))
 
@@ -98,6 +115,18 @@ class Metrics:
             self._slack.labels(model, submodel).observe((served.budget - served.elapsed) / served.budget)
         if served.elapsed is not None and served.predicted is not None and served.elapsed > 0:
             self._error.labels(model, submodel).observe((served.predicted - served.elapsed) / served.elapsed)
+        self._observe_quality(served)
+
+    def _observe_quality(self, served: Served) -> None:
+        """What the answer was worth. Nothing for a request that was refused or not finished: that is worth nothing, and
+        `budget_requests` tells how many there were."""
+        ladder = None if self._engine.info is None else self._engine.info.ladder
+        quality = None if ladder is None else ladder.mean_quality(served.tokens)
+        if quality is None:
+            return
+        self._quality.labels(self._model, served.outcome or NO_BUDGET).observe(quality)
+        if served.outcome == "met":
+            self._goodput.labels(self._model, served.submodel).inc(quality)
 
     def take(self, stats: EngineStats | None, *, ready: bool, restarts: int) -> None:
         """The engine as of now. `stats` None: there is none, or where one is `ready` it was too busy to answer; then its

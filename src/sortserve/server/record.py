@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from sortserve.engine import logs
-from sortserve.server.answer import all_met, first_token_seconds, per_token_seconds
+from sortserve.server.answer import all_met, first_token_seconds, per_token_seconds, tokens_by_submodel
 from sortserve.server.completions import Generation
 from sortserve.server.keys import NO_BOUNDS, Bounds, Key
 from sortserve.server.metrics import Served
@@ -67,4 +67,5 @@ class Record:
             first_token_seconds(job, answers),
             per_token_seconds(answers),
             last - job.arrival if complete and last is not None else None,
+            tokens_by_submodel(answers) if complete else {},
         )

@@ -5,6 +5,7 @@
 
 import { numberOf, quantile } from "./metrics.js";
 
+const NO_BUDGET = "no-budget"; // the metrics' outcome of a request that had none to keep
 const UNKNOWN = Object.freeze({ p50: null, p95: null });
 
 export class History {
@@ -57,7 +58,17 @@ function totalsAfter(before, counters) {
 
 /** What is shown of one moment; null where nothing is known. Rates per second, latencies in milliseconds. */
 function pointOf({ seconds, reading, totals }, start) {
-  const point = { seconds, requests: null, tokens: null, attainment: null, budgets: 0, ttft: UNKNOWN, tpot: UNKNOWN };
+  const point = {
+    seconds,
+    requests: null,
+    tokens: null,
+    attainment: null,
+    budgets: 0,
+    quality: null,
+    goodput: null,
+    ttft: UNKNOWN,
+    tpot: UNKNOWN,
+  };
   if (reading === null) return { ...point, running: null, waiting: null, kv: null };
   Object.assign(point, { running: reading.running, waiting: reading.waiting, kv: reading.kv });
   if (start === undefined) return point;
@@ -65,14 +76,17 @@ function pointOf({ seconds, reading, totals }, start) {
   const grown = (kind) => growth(start.totals[kind], totals[kind]);
   const perSecond = (kind) => Object.fromEntries(grown(kind).map(([name, more]) => [name, more / elapsed]));
   const outcomes = grown("budgets");
-  const asked = outcomes.reduce((sum, [, more]) => sum + more, 0);
+  const asked = totalOf(outcomes);
   const met = outcomes.find(([outcome]) => outcome === "met")?.[1] ?? 0;
+  const answers = withBudget(grown("answers"));
   return {
     ...point,
     requests: perSecond("requests"),
     tokens: perSecond("tokens"),
     budgets: asked,
     attainment: asked > 0 ? met / asked : null,
+    quality: answers > 0 ? withBudget(grown("quality")) / answers : null,
+    goodput: totalOf(grown("goodput")) / elapsed,
     ttft: percentiles(grown("ttft")),
     tpot: percentiles(grown("tpot")),
   };
@@ -82,6 +96,9 @@ function pointOf({ seconds, reading, totals }, start) {
 function growth(before, after) {
   return [...(after ?? [])].map(([name, total]) => [name, total - (before?.get(name) ?? 0)]);
 }
+
+const totalOf = (grown) => grown.reduce((sum, [, more]) => sum + more, 0);
+const withBudget = (grown) => totalOf(grown.filter(([outcome]) => outcome !== NO_BUDGET));
 
 function percentiles(grown) {
   const buckets = grown.map(([bound, more]) => [numberOf(bound), more]);

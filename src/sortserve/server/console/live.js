@@ -52,12 +52,24 @@ export function Live({ server, ids, tints }) {
       <${Stacked} title="Output tokens" unit="tokens/s" kind="tokens" names=${names} tints=${tints} ...${common} />
       <${Stacked} title="Requests" unit="requests/s" kind="requests" names=${names} tints=${tints} ...${common} />
       <${Lines}
-        title="Budgets met"
+        title="Budgets met, and quality"
         ...${common}
         top=${1}
         format=${percent}
-        lines=${[{ name: "met", value: (at) => at.attainment }]}
+        lines=${[
+          { name: "met", value: (at) => at.attainment },
+          { name: "quality", value: (at) => at.quality },
+        ]}
         note=${point.budgets ? `of ${count(Math.round(point.budgets))} with a budget` : "no request with a budget"}
+      />
+      <${Lines}
+        title="Goodput"
+        ...${common}
+        top=${1}
+        format=${figure}
+        axis=${tick}
+        lines=${[{ name: "goodput", value: (at) => at.goodput }]}
+        note="answers in time a second, each counted by its quality"
       />
       <${Lines}
         title="Time to first token"

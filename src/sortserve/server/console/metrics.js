@@ -9,6 +9,9 @@ const COUNTERS = {
   tokens: ["sortserve_generation_tokens_total", "submodel"],
   budgets: ["sortserve_budget_requests_total", "outcome"],
   ttft: ["sortserve_time_to_first_token_seconds_bucket", "le"],
+  goodput: ["sortserve_goodput_total", "submodel"],
+  quality: ["sortserve_quality_ratio_sum", "outcome"],
+  answers: ["sortserve_quality_ratio_count", "outcome"],
   tpot: ["sortserve_time_per_output_token_seconds_bucket", "le"],
 };
 const EVENTS = {

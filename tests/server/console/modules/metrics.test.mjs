@@ -31,6 +31,9 @@ sortserve_requests_total{model="m",submodel="d4",status="499"} 2
 sortserve_requests_total{model="m",submodel="none",status="429"} 1
 sortserve_time_to_first_token_seconds_bucket{le="0.1",model="m",submodel="d2"} 4
 sortserve_time_to_first_token_seconds_bucket{le="0.1",model="m",submodel="d4"} 5
+sortserve_quality_ratio_sum{model="m",outcome="met"} 1.8
+sortserve_quality_ratio_count{model="m",outcome="met"} 2.0
+sortserve_goodput_total{model="m",submodel="d4"} 1.8
 sortserve_submodel_switches_total{direction="up",model="m"} 7
 sortserve_submodel_switches_total{direction="down",model="m"} 8
 sortserve_requests_running{model="m"} 2.0
@@ -41,6 +44,8 @@ sortserve_build_info{python="3.11",version="0.1.0"} 1.0`),
   );
   assert.deepEqual([...reading.counters.requests], [["d4", 5], ["none", 1]]);
   assert.deepEqual([...reading.counters.ttft], [["0.1", 9]]);
+  const { quality, answers, goodput } = reading.counters;
+  assert.deepEqual([[...quality], [...answers], [...goodput]], [[["met", 1.8]], [["met", 2]], [["d4", 1.8]]]);
   assert.equal(reading.counters.events.get("switches"), 15);
   assert.deepEqual([reading.running, reading.waiting, reading.kv], [2, 0, 0.25]);
   assert.deepEqual([reading.ready, reading.model, reading.version], [true, "m", "0.1.0"]);
@@ -120,6 +125,21 @@ test("attainment counts refused as not met, and is unknown without budgets", () 
   assert.equal(history.points[1].attainment, null);
   assert.equal(history.points[2].attainment, 0.5);
   assert.equal(history.points[2].budgets, 4);
+});
+
+test("quality is of answers with a budget, goodput of those that met it, per second", () => {
+  const before = { quality: { met: 3, "no-budget": 50 }, answers: { met: 4, "no-budget": 50 }, goodput: { d8: 3 } };
+  const after = {
+    quality: { met: 4.5, missed: 0.9, "no-budget": 60 },
+    answers: { met: 6, missed: 1, "no-budget": 60 },
+    goodput: { d8: 3.7, d4: 0.8 },
+  };
+  const history = historyOf(10, [[0, before], [2, after], [4, after]]);
+  close(history.points[1].quality, 0.8);
+  close(history.points[1].goodput, 0.75);
+  close(history.points[2].goodput, 0.375);
+  history.setWindow(1);
+  assert.equal(history.points[2].quality, null); // no answer in this second
 });
 
 test("percentiles are of the window, in milliseconds", () => {

@@ -1,0 +1,121 @@
+"""What all points of a comparison share, measured first; and one point: a policy under a load, on a server of its own."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.common import commit
+from benchmarks.slo import capacity as measured
+from benchmarks.slo import figures, load
+from benchmarks.slo.serving import Served, Settings, started
+from sortserve.engine.config import load_model_config
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
+
+_CONNECTIONS = 64  # made before the first request; more are made when needed
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A trace, a model, and how fast that is here."""
+
+    asked: argparse.Namespace
+    settings: Settings
+    ladder: Ladder
+    trace: Trace  # lengths scaled
+    texts: load.Texts
+    unloaded: Unloaded
+    capacity: Sequence[measured.Capacity]  # in the ladder's order, the full model last
+    commit: str  # of before anything was written
+
+    @property
+    def full(self) -> measured.Capacity:
+        """Of the full model."""
+        return self.capacity[-1]
+
+    @property
+    def floor(self) -> measured.Capacity:
+        """Of the smallest sub-model that a request with a budget accepts."""
+        floor = self.ladder.entries[self.ladder.default_floor].id
+        return next(found for found in self.capacity if found.submodel == floor)
+
+    @property
+    def mix(self) -> BudgetMix:
+        """How budgets are drawn: `--tightness` scales all of them."""
+        mix, factor = BudgetMix(strict=self.asked.strict), self.asked.tightness
+        scaled = ("ttft_base", "ttft_factor", "tpot_factor", "total_base", "total_factor")
+        return replace(mix, **{name: getattr(mix, name) * factor for name in scaled})
+
+    def load_of(self, text: str) -> float:
+        """A load as the command line has it, as a multiple of the full model's capacity."""
+        if text.endswith("f"):
+            return float(text[:-1]) * self.floor.requests_per_second / self.full.requests_per_second
+        return float(text)
+
+
+def prepare(asked: argparse.Namespace) -> Bench:
+    """Everything that comes before the first point: trace, texts, speeds."""
+    flags = [*asked.server_flags.split(), "--kv-memory", asked.kv_memory, "--dtype", asked.dtype]
+    flags += ["--ladder", str(asked.ladder)] if asked.ladder else []
+    settings = Settings(asked.model, tuple(flags), asked.nice)
+    shape = load_model_config(asked.model).shape
+    path = asked.ladder or asked.model / "ladder.json"
+    ladder = Ladder.load(path, shape) if path.is_file() else Ladder.default(shape)
+    ids = [entry.id for entry in ladder.entries]
+    rungs = ids if asked.rungs == "all" else [ids[ladder.default_floor], ids[-1]]
+    with started(settings, "fixed") as served:
+        context = served.get("/v1/models")["data"][0]["max_model_len"]
+        trace = load.fitted(read_trace(asked.trace), asked.lengths, context)
+        texts = load.Texts(served.tokens_of(load.read_text(asked.text)))
+        sample = Trace(trace.arrival[asked.start :], trace.num_prompt[asked.start :], trace.num_output[asked.start :])
+        unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds)
+        print(
+            f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
+        )
+        print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
+        capacity = []
+        for rung in rungs:
+            found = measured.capacity(served, sample, rung, texts, asked.clients, asked.capacity_seconds)
+            capacity.append(found)
+            print(f"capacity of {rung}: {found.requests_per_second:.2f} requests/s, ", end="")
+            print(f"{found.output_tokens_per_second:.0f} output tokens/s", flush=True)
+    bench = Bench(asked, settings, ladder, trace, texts, unloaded, capacity, commit())
+    ratio = bench.floor.requests_per_second / bench.full.requests_per_second
+    print(f"the floor {bench.floor.submodel} does {ratio:.2f}x of the full model's requests")
+    return bench
+
+
+def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
+    """One policy under one load, a multiple of the full model's capacity."""
+    asked = bench.asked
+    rate = multiple * bench.full.requests_per_second
+    trace = load.arrivals(bench.trace, asked.start, rate, asked.seconds)
+    work = load.workload(trace, bench.unloaded, asked.seed, bench.mix)
+    with started(bench.settings, policy) as served:
+        warm_up(served, bench)
+        before = served.counters()
+        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), _CONNECTIONS, asked.drain_seconds)
+        counted = served.counters()
+        counted.subtract(before)
+    assert len(outcomes) == len(work), "every request comes back as something"
+    kinds, quality_of = work.kind, bench.ladder.mean_quality
+    answers = [
+        figures.answered(outcome, kinds[outcome.number], load.budget_of(work, outcome.number), quality_of)
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.number)
+    ]
+    return {
+        "policy": policy,
+        "load": multiple,
+        "load_of_floor": rate / bench.floor.requests_per_second,
+        "requests_per_second": rate,
+        **figures.summary(answers, asked.seconds),
+        "counters": {name: count for name, count in sorted(counted.items()) if count},
+    }
+
+
+def warm_up(served: Served, bench: Bench) -> None:
+    """A second of requests before those that count: connections, first steps, pages."""
+    few = slice(0, 2 * bench.asked.clients)
+    prompts, outputs = bench.trace.num_prompt[few], bench.trace.num_output[few]
+    served.closed_loop(load.pinned_asks(prompts, outputs, bench.floor.submodel, bench.texts, seed=3), 4, 1.0)
