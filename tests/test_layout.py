@@ -55,6 +55,7 @@ TORCH_FREE = (
     "step",
     "rungs",
     "policies",
+    "simulator",
     "cost",
     "cost_model",
     "cost_fit",

@@ -67,24 +67,41 @@ def main() -> None:
         print(report.bound_line(result))
         print(report.text_table(report.HEADER, report.rows(result)), flush=True)
 
+        _write(args, traces, capacity, tried, results, [])  # half an hour is long: what is there is kept
+
     sweep.run_all(setup, [*wanted, *starving], args.jobs, done)
-    speeds = [] if args.no_speed else [
-        speed.speed(args.traces, policy, running, 3 * running + 300)
-        for policy in ("fixed", "slack")
-        for running in (256, 1000)
-    ]  # fmt: skip
+    if not args.no_speed:
+        speeds = [
+            speed.speed(args.traces, policy, running, 3 * running + 300)
+            for policy in ("fixed", "slack")
+            for running in (256, 1000)
+        ]
+        _write(args, traces, capacity, tried, results, speeds)
+    _draw(args, traces, results)
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+def _write(
+    args: argparse.Namespace,
+    traces: list[str],
+    capacity: dict[str, list[float]],
+    tried: dict[str, Any],
+    results: dict[sweep.Point, Result],
+    speeds: list[dict[str, float | str]],
+) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "simulator.json").write_text(
-        json.dumps(_content(args, capacity, tried, results, speeds), indent=1) + "\n", encoding="utf-8"
-    )
+    content = _content(args, capacity, tried, results, speeds)
+    (args.out / "simulator.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (args.out / "simulator.md").write_text(_markdown(args, traces, capacity, results, speeds), encoding="utf-8")
+
+
+def _draw(args: argparse.Namespace, traces: list[str], results: dict[sweep.Point, Result]) -> None:
     for trace in traces:
         for is_even in (False, True):
             here = {at.load: result for at, result in _main(results).items() if (at.trace, at.even) == (trace, is_even)}
             if here:
                 name = f"simulator_{trace}_{'even' if is_even else 'bursts'}"
                 plots.draw(here, f"{trace}, {'even arrivals' if is_even else 'bursts'}", args.out / name)
-    print(f"\n{time.monotonic() - began:.0f} s")
 
 
 def _main(results: dict[sweep.Point, Result]) -> dict[sweep.Point, Result]:

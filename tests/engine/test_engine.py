@@ -1,5 +1,6 @@
 """The loaded engine: what it refuses at start, seeds, stops, and the LLM class."""
 
+import math
 import random
 import time
 from collections import Counter
@@ -33,6 +34,7 @@ from sortserve.engine.protocol import (
     TokenEvent,
 )
 from sortserve.engine.runner import Runner
+from sortserve.engine.sampler import confidences
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import Tokenizer
 from sortserve.server.cli import BUNDLED
@@ -246,6 +248,24 @@ def test_the_fixed_policy_is_for_requests_without_a_budget_too(folder: Path) -> 
         assert set(outcome.submodels) == {"d6-w75"}
     [outcome] = run(engine, [ask("r", tokens(1, 5), greedy(3), floor="d6")])
     assert set(outcome.submodels) == {"d6"}
+
+
+def test_a_policy_that_asks_for_confidence_gets_it(folder: Path) -> None:
+    """The probability of the most probable token, whatever is drawn; nothing is computed where nobody asks."""
+    for policy, asks in (("confidence", True), ("fixed", False)):
+        engine = load_engine(folder, policy=policy)
+        seen: list[tuple[float, float]] = []
+
+        def note(engine: Engine, seen: list[tuple[float, float]] = seen) -> None:
+            seen.extend(
+                (request.confidence, float(request.num_output)) for request in engine.scheduler.requests.values()
+            )
+
+        [outcome] = run(engine, [ask("r", tokens(1, 5), drawn(3, 6), floor="d6")], note)
+        assert len(outcome.tokens) == 6
+        assert all(0.0 < sure <= 1.0 for sure, _ in seen) if asks else all(math.isnan(sure) for sure, _ in seen)
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]])
+    assert confidences(logits) == pytest.approx([float(logits[0].softmax(0)[1]), 1 / 3])
 
 
 # ---- offline

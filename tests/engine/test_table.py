@@ -101,6 +101,25 @@ def test_the_table_grows() -> None:
     assert np.isfinite(view_of(drive).next_due).all()
 
 
+def test_a_view_beside_a_step_is_that_after_it() -> None:
+    """The policy is asked while the step runs; what it sees then is what is there when its answer counts."""
+    drive = Drive(timed=True, max_step_tokens=50, beside=True)
+    names = [drive.submit(5, 8, budget=Budget(ttft_ms=50, tpot_ms=9)), drive.submit(3, 8, budget=Budget(tpot_ms=20))]
+    for _ in range(3):
+        now = drive.now
+        plan = drive.scheduler.schedule(now)
+        assert plan is not None
+        end = now + float(drive.scheduler.cost.seconds(drive.shape(plan)))  # type: ignore[union-attr]
+        drive.scheduler.beside(plan, end)
+        beside = drive.scheduler._view(end, names)
+        drive.now = end
+        drive.take(drive.scheduler.update(plan, drive.runner.run(plan, drive.scheduler.requests), end))
+        after = view_of(drive)
+        for name in View.__dataclass_fields__:
+            if isinstance(getattr(after, name), np.ndarray):
+                assert np.allclose(getattr(beside, name), getattr(after, name), equal_nan=True), name
+
+
 @pytest.mark.parametrize("place", ["d1", "d3-w50", "d6"])
 def test_what_is_cached_is_what_is_found(place: str) -> None:
     """By place: the deepest place's blocks serve all shallower ones of its width, others find nothing."""

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 MOST_KV_BYTES = 2 << 30
 """K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
+IDLE_SECONDS = 0.001
 LONG_STEP_SECONDS = 0.02
 """Bookkeeping is done beside steps at least so long: Python's lock is free most of such a step, not of a short one."""
 SMALL_LAYER = 1 << 20
@@ -132,7 +133,10 @@ class Engine:
         """Plan, run and book one step; the events it gave, none if there was nothing to do."""
         plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
-            return self.scheduler.take_events()
+            events = self.scheduler.take_events()
+            if self.scheduler.requests and not events:
+                time.sleep(IDLE_SECONDS)  # everybody sits out, until time changes the policy's mind
+            return events
         cost, beside = self.cost, None
         if cost is not None and cost.last_seconds >= LONG_STEP_SECONDS:
             beside = self.helper.submit(self._beside, plan, time.monotonic() + cost.last_seconds)

@@ -4,7 +4,7 @@ There is no prefill or decode phase: every request has tokens known and tokens c
 `plan = schedule(now)`, the runner's work, `events = update(plan, result, now)`. No torch here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -188,21 +188,27 @@ class Scheduler:
                 self._tally.refilled_tokens += refilled
             self.kv.advance(request.kv, request.tokens, part.exit, part.spans, states=part.keep_states)
         if self.requests and self.decider.may_ask(now):
-            self._ask(now)
+            self._ask(now, {part.request_id for part in plan.sequences if part.sample is not None})
         self._assembly.lay_out(plan.sequences)
 
-    def _ask(self, now: float) -> None:
-        """A new answer of the policy. Who it refuses is told when the next step is planned."""
+    def _ask(self, now: float, coming: Collection[str] = ()) -> None:
+        """A new answer of the policy; `coming`: who gets a token until it counts. Refusals are told with the next plan."""
         requests = list(self._table.requests)
-        changed, refused = self.decider.ask(self._view(now))
+        changed, refused = self.decider.ask(self._view(now, coming))
         self._refused += [requests[row] for row in refused.tolist()]
         if changed:
             self._repeatable = []
 
-    def _view(self, now: float) -> View:
-        cost = self.cost or CostTable.free(self.rungs)
+    def _view(self, now: float, coming: Collection[str] = ()) -> View:
         return self._table.view(
-            now, cost, self._lengths, self._max_step_tokens, self._max_running, FEATURES, max(1, self.decider.steps)
+            now,
+            self.cost or CostTable.free(self.rungs),
+            self._lengths,
+            self._max_step_tokens,
+            self._max_running,
+            FEATURES,
+            max(1, self.decider.steps),
+            coming,
         )
 
     def _repeated(self) -> list[SequencePlan] | None:

@@ -94,6 +94,10 @@ def _affordable(view: View, i: int, place: int, have: Ints, start: int, most: in
     known, resumable = int(view.known[i]), bool(view.resumable[i])
     exit = int(view.rungs.exits[place])
     layers = view.rungs.layers[:exit]
+    if not resumable or int(have[0]) <= start:  # nothing refilled from kept states: every token costs the same
+        each = int(layers.sum())
+        count = min(known - start, most // each)
+        return count, count * each
 
     def cost(stop: int) -> int:
         begin = np.maximum(start, have[:exit]) if resumable else np.full(exit, start)

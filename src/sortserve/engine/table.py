@@ -4,6 +4,8 @@ What never changes is kept; what does change is read from the requests when a vi
 every few steps, not at each of them.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 
 from sortserve.engine.cost import StepCost
@@ -91,12 +93,14 @@ class RequestTable:
         max_running: int,
         features: frozenset[str],
         steps: int = 1,
+        coming: Collection[str] = (),
     ) -> View:
-        """All requests at this moment."""
+        """All requests at this moment. Those named `coming` get a token from the step that runs until then."""
         count, segments = len(self.requests), self._rungs.num_segments
         known = self._constants[:count].copy()
-        moving = self._moving()
+        moving = self._moving(coming)
         first_token, confidence = self._marks()
+        first_token = np.where(np.isnan(first_token) & (moving[:, 4] > 0), now, first_token)
         num_output = moving[:, 4]
         tokens_left = known["max_tokens"] - num_output
         expected = lengths.expected_left_of(num_output, tokens_left, known["ignore_eos"])
@@ -132,7 +136,7 @@ class RequestTable:
             steps=steps,
         )
 
-    def _moving(self) -> Ints:
+    def _moving(self, coming: Collection[str]) -> Ints:
         """[n, 7 + segments] running, place, floor, ceiling, output tokens, last switch, resumable, watermarks."""
         rows = [
             (
@@ -140,7 +144,7 @@ class RequestTable:
                 request.submodel,
                 request.floor,
                 request.ceiling,
-                len(request.tokens) - len(request.asked.prompt),
+                len(request.tokens) - len(request.asked.prompt) + (request.asked.request_id in coming),
                 request.last_switch,
                 request.keeps_states and bool(request.kv.states),
                 *request.kv.watermark,

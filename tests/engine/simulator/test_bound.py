@@ -169,3 +169,33 @@ def test_windows_are_whole_subtrees() -> None:
                 low, high = 2 * low, 2 * high + 1
             leaves += range(low - 64, high - 63)
         assert sorted(leaves) == list(range(start[job], stop[job]))
+
+
+def test_what_is_charged_is_never_more_than_the_work_of_who_goes_down_on_the_way() -> None:
+    """The cheapest way to make the first k tokens deep and the others on the floor: the prompt deep, then k - 1 deep rows
+    with the shortest contexts. Work by hand at the best rates, against the shares k / n and 1 - k / n."""
+    config = little_config()
+    cost, layers = table(config), config.rungs.layers
+    never = np.full(1, np.inf)
+    prompt, outputs = 7, 60
+    workload = Workload(
+        np.zeros(1), np.array([prompt]), np.array([outputs]), never, never, np.full(1, 1.0),
+        np.ones(1, np.bool_), np.full(1, -1, np.int64), np.zeros(1, np.int64),
+    )  # fmt: skip
+    places = np.array([1, 3])  # 3 and 6 layers
+    work = least_work(workload, config.rungs, cost, config.step_tokens, places)
+    row = float((cost.layer + cost.ffn)[1] / 32)  # of a layer, shared by 32; at 192 rows, beyond the table, the same
+    contexts = cost.context_seconds * (prompt + np.arange(1, outputs))
+    least = 0.0
+    for deep in range(outputs + 1):
+        share = np.array([1 - deep / outputs, deep / outputs])
+        charged_prompt, charged_rest = float(work.prompt[0] @ share), float(work.rest[0] @ share)
+        depth = int(layers.sum()) if deep else 3
+        true_prompt = depth * (prompt * row + prompt * cost.context_seconds + prompt**2 / 2 * cost.pair_seconds)
+        below = 3 * ((outputs - 1) * row + contexts.sum())
+        above = 3 * (max(deep - 1, 0) * row + contexts[: max(deep - 1, 0)].sum())
+        true_rest = below + above + outputs * 2e-4 / 32
+        assert charged_prompt <= true_prompt * (1 + 1e-9)
+        assert charged_rest <= true_rest * (1 + 1e-9)
+        least = max(least, charged_rest / true_rest)
+    assert least > 0.95, "what is charged is far below the truth everywhere"

@@ -58,6 +58,9 @@ def test_memory_and_what_does_not_fit() -> None:
 def test_four_gpus_are_faster_than_one_but_not_four_times() -> None:
     one, four = (replica_config("llama-3.1-8b", name).cost.seconds(_shape(1)) for name in ("h200", "h200x4"))
     assert 1.5 < one / four < 4
+    weights = 2 * (32 * LAYER_PARAMETERS + HEAD_PARAMETERS) / (4 * 4.8e12 * 0.8)
+    reduced = 8e-6 + 2 * 3 / 4 * 4096 * 2 / (450e9 * 0.7)  # one of two in each layer
+    assert four == pytest.approx(weights + 32 * (10e-6 + 2 * reduced) + 300e-6)
 
 
 def test_capacity_lies_below_the_time_of_the_work_alone() -> None:

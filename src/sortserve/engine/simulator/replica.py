@@ -158,6 +158,7 @@ class Replica:
             next_due=next_due,
             tokens_since_switch=live.num_output - live.switched_at,
             confidence=live.confidence,
+            steps=max(1, self._since_asked),
         )
 
     def _compose(self) -> _Step | None:
