@@ -100,7 +100,7 @@ def _affordable(view: View, i: int, place: int, have: Ints, start: int, most: in
         return count, count * each
 
     def cost(stop: int) -> int:
-        begin = np.maximum(start, have[:exit]) if resumable else np.full(exit, start)
+        begin = np.maximum(start, have[:exit])
         return int((layers * np.maximum(stop - np.minimum(begin, stop - 1), 0)).sum())
 
     if cost(known) <= most:
