@@ -234,3 +234,8 @@ def test_a_clock_that_jumps_is_not_a_slow_step() -> None:
     steady = [0.007 * i for i in range(20)]
     jumps = [*steady, *(100 + t for t in steady), *(t - 50 for t in steady)]
     assert step_by(Slack(), view, jumps).clock.factor == pytest.approx(1.0, rel=0.01)
+
+
+def test_pauses_between_steps_are_not_slow_steps() -> None:
+    view = view_of({"ran": FULL, "total": 600.0}, {"ran": FULL, "total": 500.0, "arrival": 0.01})
+    assert step_by(Slack(), view, [10.0 * i for i in range(30)]).clock.factor == 1.0

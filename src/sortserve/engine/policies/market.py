@@ -21,6 +21,7 @@ _STEPS = (-4, -1, 0, 1, 5)  # levels that are looked at in one decision
 _SEEN = 64  # arrivals remembered
 _RENEW = 8  # arrivals after which it is worked out anew what they ask for
 _RATE_SHARE = 1.0  # of the mean time allowed: over which arrivals are counted
+_CALMING = 12.0  # levels, a factor of 9, by which the calm price falls in the mean time allowed
 _LEAST_KNOWN = 0.5  # a rate is not extrapolated from less than this share of that time
 
 
@@ -56,6 +57,7 @@ class Market:
 
     def __init__(self, horizon: float, utilisation: float, attainment: float) -> None:
         self.level = 0
+        self._calm, self._calm_at = 0.0, 0.0  # level
         self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
         self._seen: deque[tuple[float, Floats, Floats]] = deque(maxlen=_SEEN)  # time allowed, worth, cost
         self._unsorted = 0  # arrivals that `_each` does not know yet
@@ -69,6 +71,12 @@ class Market:
     def prices(self, levels: Ints) -> Floats:
         """[k] in quality a second."""
         return PRICES[levels] / max(self._mean_cost, 1e-9)
+
+    @property
+    def calm_price(self) -> float:
+        """The highest price of late, falling slowly: what a promotion must be worth, since the price may rise again before
+        it has paid back."""
+        return float(self.prices(np.array([int(self._calm)]))[0])
 
     def price_of(self, share: Floats) -> Floats:
         """What shares of the machine over the horizon are worth at the present price."""
@@ -118,5 +126,8 @@ class Market:
         known = max(1.0 - float(np.exp(-(view.now - self._since) / span)), _LEAST_KNOWN)
         coming = self._recent / (span * known) * horizon  # arrivals within the horizon
         demand = bids.at(self.prices(levels))[2] @ view.budgeted.astype(np.float64) + self._each[levels] * coming
+        self._calm -= _CALMING * max(view.now - self._calm_at, 0.0) / self._allowed
+        self._calm_at = view.now
         fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
         self.level = int(levels[fits[0]] if len(fits) else levels[-1])
+        self._calm = max(self._calm, float(self.level))

@@ -118,30 +118,35 @@ class Outlook:
         queue = np.where(behind, self.work[every, place], 0.0)
         most = np.maximum(chunk_tokens, 1.0) * float(view.rungs.layers.sum())  # [k] rows x layers of a step
         total = queue.sum(1)
-        mixed, decode = self._step_times(place, takes_part & ~behind, queue, np.minimum(1.0, most / (total + 1e-9)))
+        wait = self._wait_for_place(behind & ~view.running)  # steps
+        now = queue if wait is None else np.where(wait > 0, 0.0, queue)  # what the next step could take of
+        part = np.minimum(1.0, most / (now.sum(1) + 1e-9))
+        mixed, decode = self._step_times(place, takes_part & ~behind, now, part)
         num_steps = np.ceil(total / most)[:, None]
         ahead = np.empty_like(queue)
         ahead[:, self.order] = np.cumsum(queue[:, self.order], axis=1)
         steps = np.where(behind, np.ceil(ahead / most[:, None]), 1.0)
         first = steps * mixed[:, None]
-        if len(view) > view.max_running:
-            first = first + self._wait_for_place(behind & ~view.running, mixed)
+        if wait is not None:
+            first = first + wait * mixed[:, None]
         later = decode + self.busy * np.maximum(mixed - decode, 0.0)
         beside = np.clip(num_steps - steps, 0.0, self.left - 1)  # tokens that come while the present queue lasts
         last = first + beside * mixed[:, None] + (self.left - 1 - beside) * later[:, None]
         never = ~takes_part
         first[never] = np.inf
         last[never] = np.inf
-        return Forecast(np.where(total > 0, mixed, decode), first, last, total)
+        return Forecast(np.where(total > 0, mixed, decode), first, last, now.sum(1))
 
-    def _wait_for_place(self, waits: Bools, step: Floats) -> Floats:
-        """[k, n] seconds until enough of those that run have ended."""
+    def _wait_for_place(self, waits: Bools) -> Floats | None:
+        """[k, n] steps until enough of those that run have ended; None if nobody has to wait."""
         view = self.view
+        if len(view) <= view.max_running:
+            return None
         place = np.empty(waits.shape)
         place[:, self.order] = np.cumsum(waits[:, self.order], axis=1)
         too_many = np.maximum(place + int(view.running.sum()) - view.max_running, 0.0)
         stay = float(self.left[view.running].mean()) if view.running.any() else 0.0
-        return np.where(waits, too_many * stay / view.max_running, 0.0) * step[:, None]
+        return np.where(waits, too_many * stay / view.max_running, 0.0)
 
     def _step_times(self, place: Ints, single: Bools, queue: Floats, part: Floats) -> tuple[Floats, Floats]:
         """[k] seconds of the next step, and of one without prompts. `part` [k]: of the queue that a step takes."""

@@ -144,12 +144,12 @@ class Slack:
 
     def _bids(self, outlook: Outlook, worth: Floats) -> Bids:
         view = outlook.view
-        # what a promotion costs beyond going on as before counts twice: the price may fall again before it paid back
+        # what a promotion costs beyond going on as before must be worth the calm price too
         now = outlook.cost[np.arange(len(view)), np.where(view.place == NEVER_RAN, view.rungs.full, view.place)]
-        cost = outlook.cost + np.maximum(outlook.cost - now[:, None], 0.0)
+        worth = worth - self._market.calm_price * np.maximum(outlook.cost - now[:, None], 0.0)
         # equals differ a little, or all would be given up at once
         kept = self._attainment * (0.8 + 0.4 * np.modf(np.abs(view.arrival) * 7919.0)[0])
-        return Bids(worth, cost, np.where(view.budgeted, kept, np.inf))
+        return Bids(worth, outlook.cost, np.where(view.budgeted, kept, np.inf))
 
     def _best(
         self,
