@@ -328,6 +328,14 @@ def test_a_full_disk_at_the_end_keeps_the_run(
     assert json.loads((tmp_path / "out/training.json").read_text())["updates"] == 2
 
 
+def test_no_room_for_the_encoded_text(tmp_path: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = command(tmp_path, "out", "--updates", "1")
+    with no_room_beyond(100):
+        assert main(given) == 2
+    assert "sortserve: " in capsys.readouterr().err
+    assert main(given) == 0
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_pass = trainer_module.run_pass
 

@@ -26,7 +26,7 @@ def tokenizer(texts: data.Texts, recipe: Recipe, folder: Path) -> Tokenizer:
     made = data.train_tokenizer(texts, recipe.model.vocab, recipe.data.tokenizer_bytes, recipe.seed)
     folder.mkdir(parents=True, exist_ok=True)
     writing = folder / ".writing.json"
-    made.save(str(writing))
+    writing.write_text(made.to_str(), encoding="utf-8")  # its own `save` makes a full disk a bare Exception
     writing.rename(path)
     return made
 
@@ -64,7 +64,7 @@ def make(recipe: Recipe, tokenizer: Tokenizer) -> Any:
 
 def write_tokenizer(made: Tokenizer, folder: Path, max_length: int) -> None:
     """tokenizer.json and its config, with a chat template so that chat requests are possible."""
-    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(made.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": data.BOS,

@@ -44,12 +44,18 @@ def run(model_folder: Path | None, out: Path, args: argparse.Namespace) -> int:
     if (model_folder is None) == (recipe.model is None):
         raise SortingError("give either MODEL or a recipe with [model]: trained further, or made from nothing")
     keep_freed_memory()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SortingError(f"{out}: {error.strerror}") from error
     if args.fresh:
         shutil.rmtree(out / "unfinished", ignore_errors=True)
     accelerator = Accelerator()
     texts = data.read_texts(args.data, recipe.data)
-    tokenizer, parts = prepare(recipe, texts, model_folder, out, accelerator)
+    try:
+        tokenizer, parts = prepare(recipe, texts, model_folder, out, accelerator)
+    except OSError as error:  # no room for the encoded text, say
+        raise SortingError(f"{out}: {error}") from error
     print(result.opening(parts, texts), file=sys.stderr)
     seconds = None
     if args.minutes is not None:
