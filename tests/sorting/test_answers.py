@@ -59,7 +59,6 @@ def test_gsm8k_compares_the_last_number(tmp_path: Path, answer: str, text: str, 
         ("    raise SystemExit(0)\n", True),  # a program that ends well is taken for right: a limit of the method
         ("    open('/etc/passwd', 'w')\n", False),
         ("    import os; return os.environ.get('SECRET') or x + x\n", True),  # the environment is empty
-        ("    return bytearray(1 << 34)\n", False),  # more memory than a program may have
     ],
 )
 def test_humaneval_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, completion: str, right: bool) -> None:
@@ -73,6 +72,11 @@ def test_humaneval_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_programs_stay_in_a_folder_that_goes_away(tmp_path: Path) -> None:
     assert runs("import os\nassert os.listdir('.') == ['program.py']\nopen('left', 'w').write('x')\n")
     assert runs("import os\nassert os.listdir('.') == ['program.py']\n")
+
+
+def test_a_program_may_take_only_so_much_memory() -> None:
+    assert runs("bytearray(1 << 26)\n")
+    assert not runs("bytearray(3 << 29)\n")
 
 
 def test_a_program_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
