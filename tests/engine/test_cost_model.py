@@ -83,18 +83,18 @@ def test_the_fit_finds_a_synthetic_machine(rng: random.Random) -> None:
         assert float(fitted.seconds(shape)) == pytest.approx(float(table.seconds(shape)), rel=0.02)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32).map(random.Random))
-def test_one_outlier_bends_nothing_far(rng: random.Random) -> None:
-    """One measurement of the full model takes ten times as long; steps of twenty kinds stay within a quarter, as median
-    within a tenth. Plain least squares in relative terms fails this."""
-    table = random_table(rng)
-    measured = [Measured(each, float(table.seconds(each))) for each in profile_shapes()]
-    hit = rng.randrange(3 * len(BUCKETS))
-    measured[hit] = Measured(measured[hit].shape, measured[hit].seconds * 10)
-    fitted = fit_table(RUNGS.layers, BUCKETS, measured)
-    ratios = [float(fitted.seconds(shape)) / float(table.seconds(shape)) for shape in probes()]
-    assert abs(float(np.median(ratios)) - 1.0) < 0.1
+def test_one_outlier_bends_nothing_far() -> None:
+    """One measurement takes ten times as long; nine of ten other steps still come out within a tenth. Of 40 tables, plain
+    least squares had ones that were off by 43 % there."""
+    for seed in range(40):
+        rng = random.Random(seed)
+        table = random_table(rng)
+        measured = [Measured(each, float(table.seconds(each))) for each in profile_shapes()]
+        hit = rng.randrange(3 * len(BUCKETS))
+        measured[hit] = Measured(measured[hit].shape, measured[hit].seconds * 10)
+        fitted = fit_table(RUNGS.layers, BUCKETS, measured)
+        errors = [abs(float(fitted.seconds(shape)) / float(table.seconds(shape)) - 1.0) for shape in probes()]
+        assert np.quantile(errors, 0.9) < 0.1, seed
 
 
 @given(st.integers(0, 2**32).map(random.Random))

@@ -222,6 +222,26 @@ def test_warm_up_survives_a_busy_machine(folder: Path, monkeypatch: pytest.Monke
     assert engine.scheduler.stats().kv_pages_used == 0, "the warm-up gives its pages back"
 
 
+def test_warm_up_ends_on_a_machine_that_is_far_too_slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile of a 0.5B model took two minutes beside ten other processes. Large steps are left out then, and their
+    times go in proportion."""
+    clock = 0.0
+    run_plan = Runner.run
+
+    def slow(runner: Runner, plan: Plan) -> StepResult:
+        nonlocal clock
+        clock += 0.1 * plan.num_rows
+        return StepResult(run_plan(runner, plan).sequences, 0.1 * plan.num_rows)
+
+    monkeypatch.setattr(Runner, "run", slow)
+    monkeypatch.setattr("sortserve.engine.profiling.time.perf_counter", lambda: clock)
+    engine = load_engine(folder, warmup=True, profile_cache=False)
+    assert clock < 12 + 3 * 12.8
+    assert engine.cost is not None
+    full = engine.info.ladder.full
+    assert decode_seconds(engine.cost.table, engine.scheduler.rungs, {full: 200}) == pytest.approx(20.0, rel=0.1)
+
+
 def test_the_prediction_of_an_idle_engine() -> None:
     """One millisecond a layer, whatever the rows: 50 prompt tokens are one step of the full model, 31 more follow.
 

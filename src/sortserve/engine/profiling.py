@@ -21,6 +21,8 @@ from sortserve.engine.settings import SettingsTable
 
 PROFILE_SECONDS = 4.0
 """Time for rounds beyond the first."""
+MOST_SECONDS = 12.0
+"""Time for the first round, but for steps of few rows."""
 MOST_ROUNDS = 9
 MOST_BUCKET = 128
 """Beyond it computing decides, and times go in proportion."""
@@ -54,24 +56,34 @@ class Profiler:
         self._spec = SampleSpec(SamplingParams(temperature=0.0), 0, 1, (), ())
 
     def fit(self, seconds: float = PROFILE_SECONDS) -> CostTable:
-        """Measure everything once, then again as long as `seconds` suffice, and fit."""
+        """Measure everything once, small steps first, then again as long as `seconds` suffice, and fit. On a machine that is
+        too slow or too busy even for that, what is left out are the largest steps: times then go in proportion from
+        the largest one measured."""
         plans = self.plans()
         taken: list[list[float]] = [[] for _ in plans]
+        small_first = sorted(range(len(plans)), key=lambda number: plans[number].num_rows)
         began = time.perf_counter()
         for number in range(MOST_ROUNDS + 1):
-            for plan, times in zip(plans, taken, strict=True):
-                if number == 0 or time.perf_counter() - began + times[-1] < seconds:
-                    times.append(self._run(plan).seconds)
+            for place in small_first:
+                spent = time.perf_counter() - began
+                if number == 0:
+                    worth_it = spent < MOST_SECONDS or plans[place].num_rows <= 8
+                else:
+                    worth_it = bool(taken[place]) and spent + taken[place][-1] < seconds
+                if worth_it:
+                    taken[place].append(self._run(plans[place]).seconds)
         kept = [times[1:] if len(times) > 1 and times[0] < _QUICK_SECONDS else times for times in taken]
-        quartiles = np.array([np.quantile(times, 0.25) for times in kept])
+        quartiles = np.array([np.quantile(times, 0.25) if times else np.inf for times in kept])
         by_rows = quartiles[: len(self._places) * len(self.buckets)].reshape(len(self.buckets), -1)
         # fewer rows never take longer: what says so was measured while the machine was busy with something else
         by_rows[:] = np.minimum.accumulate(by_rows[::-1])[::-1]
         measured = [
-            Measured(shape_of_parts(self._rungs, plan.sequences), time)
-            for plan, time in zip(plans, quartiles.tolist(), strict=True)
+            Measured(shape_of_parts(self._rungs, plan.sequences), seconds)
+            for plan, seconds in zip(plans, quartiles.tolist(), strict=True)
+            if seconds < np.inf
         ]
-        return fit_table(self._rungs.layers, self.buckets, measured)
+        buckets = [rows for rows, times in zip(self.buckets, by_rows, strict=True) if (times < np.inf).all()]
+        return fit_table(self._rungs.layers, buckets, measured)
 
     def plans(self) -> list[Plan]:
         """One step for each point."""
@@ -82,7 +94,7 @@ class Profiler:
         plans += [self._rows(shallow, rows, sampled=False) for rows in few]
         long = min(LONG_CONTEXT, self._max_context)
         plans += [self._rows(full, rows, context=long) for rows in few if rows > 1]
-        for rows in (16, 64, self.buckets[-1]):
+        for rows in (16, 64):
             if rows in self.buckets:
                 plans += [
                     self._plan([self._part(full, start, start + rows, False)]) for start in {0, max(0, long - rows)}
