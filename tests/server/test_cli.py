@@ -58,7 +58,10 @@ def test_other_parts_add_commands(capsys: pytest.CaptureFixture[str]) -> None:
             raise StartupError("no such recipe")
         return 7
 
-    other = cli.Command("knit", "make a scarf", lambda parser: parser.add_argument("--fail", type=int), run)
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--fail", type=int)
+
+    other = cli.Command("knit", "make a scarf", add_arguments, run)
     assert cli.main(["knit"], [other]) == 7
     assert cli.main(["knit", "--fail", "1"], [other]) == 2
     assert "no such recipe" in capsys.readouterr().err
