@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sortserve.engine.errors import SortingError
+from sortserve.sorting import untrained
 
 EXTRA = ("transformers", "accelerate", "peft", "tqdm")  # the `sort` extra of pyproject.toml
 _EPILOG = """\
@@ -51,18 +52,21 @@ def add_sort_arguments(parser: argparse.ArgumentParser) -> None:
     add("--alone", action="store_true", help="train the full model only: what sorting costs it, by comparison")
     add("--fresh", action="store_true", help="start anew where OUT holds an unfinished run")
     add("--no-training", action="store_true", help="sort FFN neurons and search sub-models; weights are only permuted")
+    untrained.add_arguments(parser)
 
 
 def run_sort(args: argparse.Namespace) -> int:
     """Dispatch to the grade asked for. Raises SortingError for arguments that do not go together."""
     if args.no_training and args.model is None:
         raise SortingError("--no-training needs MODEL: there is nothing to sort without weights")
-    if not args.no_training and args.recipe is None:
+    if args.no_training:
+        return untrained.run(args.model, args.to, args)
+    if args.recipe is None:
         raise SortingError("give --recipe FILE to train by, or --no-training")
     try:
-        grade = import_module("sortserve.sorting.untrained" if args.no_training else "sortserve.sorting.training")
+        training = import_module("sortserve.sorting.training")
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
         raise SortingError(f"{error.name} is not installed: pip install 'sortserve[sort]'") from error
-    return int(grade.run(args.model, args.to, args))
+    return int(training.run(args.model, args.to, args))
