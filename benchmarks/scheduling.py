@@ -18,7 +18,7 @@ from sortserve.engine.protocol import GenerateRequest
 from sortserve.engine.sampling import SamplingParams
 
 ROWS = 256
-STEPS = 300
+STEPS = 200
 MOST_SECONDS = 1e-3
 MOST_SHARE = 0.02
 

@@ -18,7 +18,7 @@ from sortserve.engine.cost import CostTable, StepKind, StepShape
 from sortserve.engine.rungs import Floats
 
 KINDS: tuple[StepKind, ...] = get_args(StepKind)
-SPEED_GAIN, KIND_GAIN, TERM_GAIN = 0.2, 0.05, 0.05
+SPEED_GAIN, KIND_GAIN, TERM_GAIN = 0.15, 0.05, 0.05
 SPEED_BOUND, KIND_BOUND, TERM_BOUND = math.log(4.0), math.log(1.5), math.log(2.0)
 CLIP = 0.25
 """A residual counts for at most so much: 28 % over or 22 % under. Larger ones are pauses, or a machine that changed, which
