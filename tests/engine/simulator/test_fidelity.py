@@ -102,8 +102,8 @@ def simulated(load: Workload, policy: Policy) -> float:
 @pytest.mark.parametrize("load", [1.5, 8.0])
 @pytest.mark.parametrize("name", ["fixed", "global-cap", "slack"])
 def test_attainment_is_that_of_the_engine(name: str, load: float) -> None:
-    """On average over eight traces: near its limits a policy's answers to small differences are large. Of `slack` single traces
-    at load 8 differ by up to 20 points either way, the means of eight by under 1 (at load 5 by 4)."""
+    """On average over eight traces: near its limits a policy's answers to small differences are large. Single
+    traces under `slack` at load 8 differ by up to 20 points either way, the means of eight by under 1 (at load 5 by 4)."""
     pairs = []
     for seed in range(8):
         trace = workload(load, seed)
