@@ -68,6 +68,7 @@ TORCH_FREE = (
     "connection",
     "supervisor",
     "grammar",
+    "container",
 )
 
 

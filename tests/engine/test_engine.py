@@ -120,6 +120,24 @@ def test_threads_of_small_models(folder: Path) -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_the_defaults_stay_within_a_container(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were a quarter of the machine's memory and all its processors: the kernel ended pods, or stopped their steps."""
+    pages = 40
+    monkeypatch.setattr("sortserve.engine.container.free_bytes", lambda: 4 * pages * PAGE_BYTES)
+    monkeypatch.setattr("sortserve.engine.container.cpus", lambda: 2.5)
+    monkeypatch.setattr("sortserve.engine.engine.SMALL_LAYER", 0)
+    torch.set_num_threads(4)
+    engine = load_engine(folder, kv_bytes=None, max_model_len=None)
+    assert engine.info.kv_bytes == pages * PAGE_BYTES
+    assert engine.config.num_threads == 2
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr("sortserve.engine.container.cpus", lambda: 0.5)
+    assert load_engine(folder).config.num_threads == 1
+    monkeypatch.setattr("sortserve.engine.container.cpus", lambda: None)
+    torch.set_num_threads(3)
+    assert load_engine(folder).config.num_threads == 3, "no limit: PyTorch's own number"
+
+
 # ---- sampling in batches
 
 

@@ -103,7 +103,9 @@ class EngineConfig:
     ladder_path: Path | None = None  # None: ladder.json in the model folder, or a built-in ladder
     policy: str = "slack"  # name of the policy that chooses sub-models
     fixed_submodel: str | None = None  # id of the ladder that every `auto` request runs; None: the policy chooses
-    num_threads: int | None = None  # CPU threads of one step; None: PyTorch's own number, for small models 1
+    num_threads: int | None = (
+        None  # CPU threads of one step; None: what PyTorch or the container allows, for small models 1
+    )
     prefix_cache: bool = True  # keep blocks of finished requests for prompts that begin alike
     dummy_weights: bool = False  # random weights of the model's shape, for benchmarks
     simulates: str | None = (

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import torch
 
+from sortserve.engine import container
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
@@ -223,7 +224,7 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
         raise StartupError("device cuda is not supported yet by this version; use --device cpu", param="device")
     shape = model.shape
     is_small = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width < SMALL_LAYER
-    num_threads = config.num_threads or (1 if is_small else torch.get_num_threads())
+    num_threads = config.num_threads or (1 if is_small else _most_threads())
     torch.set_num_threads(num_threads)
     name = config.dtype
     if name == "auto":
@@ -268,12 +269,22 @@ def _size_kv(config: EngineConfig, model: ModelConfig, geometry: KVGeometry) -> 
     return num_pages, max_model_len
 
 
+def _most_threads() -> int:
+    """PyTorch's number, or what a container's share of processor time keeps busy, where that is less: threads above it
+    would be stopped half-way through a step, and all wait for them."""
+    cpus = container.cpus()
+    threads = torch.get_num_threads()
+    return threads if cpus is None else max(1, min(threads, int(cpus)))
+
+
 def _free_bytes() -> int:
-    """Physical memory that is free now, as far as the system tells."""
+    """Physical memory that is free now and that a container's limit leaves, as far as the system tells."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return 4 * MOST_KV_BYTES  # macOS and Windows do not tell
+        free = 4 * MOST_KV_BYTES  # macOS and Windows do not tell
+    allowed = container.free_bytes()
+    return free if allowed is None else min(free, allowed)
 
 
 def _simulated(

@@ -179,7 +179,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; default: auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=positive, help="CPU threads; default: what PyTorch takes, 1 for small models")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        help="CPU threads; default: what PyTorch takes or the container has, 1 for small models",
+    )
     parser.add_argument(
         "--max-model-len", type=positive, help="tokens, prompt + output; default: what model and memory allow"
     )
