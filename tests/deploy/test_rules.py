@@ -36,6 +36,7 @@ def test_rules_pass_their_unit_tests() -> None:
         ("> 14.4 *", "> 30 *"),
         ('le="-0.25"', 'le="1.0"'),
         ("[10m]) > 0.9", "[10m]) > 0.99"),
+        ("ratio_rate30m > 0.5", "ratio_rate30m > 0.8"),
         ("avg_over_time(sortserve_step_time_error", "max_over_time(sortserve_step_time_error"),
         ("and on (namespace, instance, pod)", "or on (namespace, instance, pod)"),
         ("sortserve_model_ready == 0", "sortserve_model_ready == 1"),
