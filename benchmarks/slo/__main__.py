@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lengths", type=float, default=0.125, help="scale of the trace's lengths; default: 0.125")
     add("--seed", type=int, default=0, help="of budgets and prompts; default: 0")
     add("--strict", type=float, default=1.0, help="share of the budgets that may be refused; default: 1")
+    add("--no-budget", type=float, default=0.1, help="share of the requests without one; default: 0.1")
     add("--tightness", type=float, default=1.0, help="factor on all budgets; default: 1")
     add("--rungs", choices=("all", "ends"), default="all", help="whose capacity is measured; default: all")
     add("--clients", type=int, default=32, help="of the closed loop; default: 32")
