@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, default=BUNDLED, help="model folder; default: the bundled one")
     add("--ladder", type=Path, help="instead of the model's own")
     add("--name", help="of the results; default: model and trace")
-    add("--policies", default="fixed,reject-only,slack", help="default: fixed,reject-only,slack")
+    add("--policies", default="fixed,reject-only,slack", help="also fixed:floor; default: fixed,reject-only,slack")
     add("--loads", default="0.8,1.5,0.8f", help="multiples of the full model's capacity; 0.8f: of the floor's")
     add("--seconds", type=float, default=60.0, help="of each point; default: 60")
     add("--drain-seconds", type=float, default=10.0, help="that answers may take after the last request; default: 10")

@@ -92,7 +92,9 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
     rate = multiple * bench.full.requests_per_second
     trace = load.arrivals(bench.trace, asked.start, rate, asked.seconds)
     work = load.workload(trace, bench.unloaded, asked.seed, bench.mix)
-    with started(bench.settings, policy) as served:
+    name, _, submodel = policy.partition(":")  # `fixed:floor` and `fixed:d4` run that sub-model
+    pinned = ["--fixed-submodel", bench.floor.submodel if submodel == "floor" else submodel] if submodel else []
+    with started(bench.settings, name, *pinned) as served:
         warm_up(served, bench)
         before = served.counters()
         outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), asked.drain_seconds)
