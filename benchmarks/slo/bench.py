@@ -13,8 +13,6 @@ from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
 
-_CONNECTIONS = 64  # made before the first request; more are made when needed
-
 
 @dataclass(frozen=True)
 class Bench:
@@ -42,10 +40,12 @@ class Bench:
 
     @property
     def mix(self) -> BudgetMix:
-        """How budgets are drawn: `--tightness` scales all of them."""
+        """How budgets are drawn: `--tightness` scales all of them, `--no-budget` says how many have none."""
         mix, factor = BudgetMix(strict=self.asked.strict), self.asked.tightness
         scaled = ("ttft_base", "ttft_factor", "tpot_factor", "total_base", "total_factor")
-        return replace(mix, **{name: getattr(mix, name) * factor for name in scaled})
+        budgeted = (1 - self.asked.no_budget) / (mix.interactive + mix.relaxed)
+        shares = {"interactive": mix.interactive * budgeted, "relaxed": mix.relaxed * budgeted}
+        return replace(mix, **shares, **{name: getattr(mix, name) * factor for name in scaled})
 
     def load_of(self, text: str) -> float:
         """A load as the command line has it, as a multiple of the full model's capacity."""
@@ -92,10 +92,12 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
     rate = multiple * bench.full.requests_per_second
     trace = load.arrivals(bench.trace, asked.start, rate, asked.seconds)
     work = load.workload(trace, bench.unloaded, asked.seed, bench.mix)
-    with started(bench.settings, policy) as served:
+    name, _, submodel = policy.partition(":")  # `fixed:floor` and `fixed:d4` run that sub-model
+    pinned = ["--fixed-submodel", bench.floor.submodel if submodel == "floor" else submodel] if submodel else []
+    with started(bench.settings, name, *pinned) as served:
         warm_up(served, bench)
         before = served.counters()
-        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), _CONNECTIONS, asked.drain_seconds)
+        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), asked.drain_seconds)
         counted = served.counters()
         counted.subtract(before)
     assert len(outcomes) == len(work), "every request comes back as something"

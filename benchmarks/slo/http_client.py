@@ -1,10 +1,10 @@
 """A client for streamed answers that costs little: it runs beside the server it measures, on the same cores.
 
-Keep-alive connections over plain asyncio transports; of a stream only two moments and the last events are kept, and
-nothing is parsed while it runs.
+Plain asyncio transports; of a stream only two moments and the last events are kept, and nothing is parsed while it runs.
 """
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 _TAIL_BYTES = 2048  # holds the last events: finish reason, usage with the `sortserve` object, [DONE]
@@ -63,13 +63,26 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """A connection to the server; one answer at a time."""
+    """A connection to the server that waits for one answer at a time: at once if it is made with a `done`. `now`: the
+    clock of the answers."""
 
-    def __init__(self, pool: "Pool") -> None:
-        self._pool = pool
+    def __init__(self, now: Callable[[], float], done: Callable[[Answer], None] | None = None) -> None:
+        self._now = now
         self._transport: asyncio.Transport | None = None
-        self._answer: Answer | None = None
-        self._done: Callable[[Answer], None] | None = None
+        self._done = done
+        self._answer = None if done is None else Answer()
+
+    @classmethod
+    async def to(cls, port: int, now: Callable[[], float]) -> "Connection":
+        """A new connection to 127.0.0.1. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: cls(now), "127.0.0.1", port)
+        return connection
+
+    async def over(self, given: socket.socket) -> None:
+        """Go on with a connected socket, on which a request was sent: `done` gets its answer, complete or broken."""
+        given.setblocking(False)
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=given)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
@@ -77,81 +90,34 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     def ask(self, payload: bytes, done: Callable[[Answer], None]) -> None:
-        """Send a request; `done` gets its answer when that is complete or broken."""
+        """Send a request; `done` gets its answer, complete or broken."""
         assert self._answer is None
         assert self._transport is not None
         self._answer, self._done = Answer(), done
-        self._transport.write(payload)
+        if self._transport.is_closing():
+            self._end(broken=True)
+        else:
+            self._transport.write(payload)
 
     def data_received(self, data: bytes) -> None:
         """More of the answer."""
-        if self._answer is not None and self._answer.take(data, self._pool.now()):
-            self._end(reusable=self._answer.headers.get("connection", "").lower() != "close")
+        if self._answer is not None and self._answer.take(data, self._now()):
+            self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The server closed it, or we did."""
-        self._pool.forget(self)
         if self._answer is not None:
-            self._answer.broken = True
-            self._end(reusable=False)
+            self._end(broken=True)
 
     def close(self) -> None:
         """Close at once; what was being answered is broken."""
         if self._transport is not None:
             self._transport.abort()
 
-    def _end(self, *, reusable: bool) -> None:
+    def _end(self, *, broken: bool = False) -> None:
         answer, done = self._answer, self._done
         self._answer = self._done = None
-        if reusable:
-            self._pool.put_back(self)
-        elif self._transport is not None:
-            self._transport.abort()
         assert answer is not None
         assert done is not None
+        answer.broken = broken
         done(answer)
-
-
-class Pool:
-    """Connections that nobody uses at the moment, last used first; `now` is the clock of the answers."""
-
-    def __init__(self, port: int, now: Callable[[], float]) -> None:
-        self.now = now
-        self._port = port
-        self._idle: list[Connection] = []
-        self._all: set[Connection] = set()
-
-    async def open(self, number: int) -> None:
-        """Make so many connections beforehand."""
-        for connection in [await self._connect() for _ in range(number)]:
-            self.put_back(connection)
-
-    def take(self) -> Connection | None:
-        """An idle connection; None if there is none."""
-        return self._idle.pop() if self._idle else None
-
-    async def take_or_connect(self) -> Connection:
-        """An idle connection, or a new one. Raises OSError."""
-        return self.take() or await self._connect()
-
-    def put_back(self, connection: Connection) -> None:
-        """It is idle again."""
-        self._idle.append(connection)
-
-    def forget(self, connection: Connection) -> None:
-        """It is closed."""
-        self._all.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-
-    def close(self) -> None:
-        """Close all of them; answers under way are broken."""
-        for connection in list(self._all):
-            connection.close()
-
-    async def _connect(self) -> Connection:
-        _, connection = await asyncio.get_running_loop().create_connection(
-            lambda: Connection(self), "127.0.0.1", self._port
-        )
-        self._all.add(connection)
-        return connection

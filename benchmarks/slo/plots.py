@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-POLICIES = ("fixed", "reject-only", "global-cap", "admission-only", "slackfit", "confidence", "slack")
+POLICIES = ("fixed:floor", "fixed", "reject-only", "global-cap", "admission-only", "slackfit", "confidence", "slack")
 # Okabe and Ito's colours, told apart by most; a marker each for those who see none
-_COLOURS = ("#666666", "#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#8c6d1f", "#0072b2")
-_MARKERS = ("s", "v", "D", "^", "P", "X", "o")
+_COLOURS = ("#bbbbbb", "#666666", "#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#8c6d1f", "#0072b2")
+_MARKERS = ("s", "s", "v", "D", "^", "P", "X", "o")
 
 
 def draw(points: Sequence[dict[str, Any]], stem: Path) -> list[Path]:

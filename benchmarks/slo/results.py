@@ -107,7 +107,8 @@ def _told(bench: Bench) -> str:
     return (
         f"Lengths x {asked.lengths:g} (mean {trace.num_prompt.mean():.0f} tokens in, {trace.num_output.mean():.0f} out,\n"
         f"forced with `ignore_eos`), {asked.seconds:g} s per point from request {asked.start} on, greedy, no prompt like\n"
-        f"another; budgets drawn with seed {asked.seed}, {asked.strict:.0%} of them `strict`. A lone request of the full\n"
+        f"another; budgets drawn with seed {asked.seed}, {asked.strict:.0%} of them `strict`,\n"
+        f"{asked.no_budget:.0%} of the requests without one. A lone request of the full\n"
         f"model: {1e3 * bench.unloaded.first:.0f} ms + {1e3 * bench.unloaded.prompt_token:.2f} ms per prompt token to the\n"
         f"first token, {1e3 * bench.unloaded.token:.1f} ms for each further one. Capacity: {asked.clients} clients in a\n"
         f"closed loop for {asked.capacity_seconds:g} s. The floor is {bench.floor.submodel}. Loads are multiples of the\n"

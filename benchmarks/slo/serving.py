@@ -81,9 +81,9 @@ class Served:
                 found[f"{name}{{{kept}}}" if kept else name] += round(float(value))
         return found
 
-    def open_loop(self, asks: list[Ask], connections: int, drain_seconds: float) -> list[Outcome]:
+    def open_loop(self, asks: list[Ask], drain_seconds: float) -> list[Outcome]:
         """Replay; answers that take longer than `drain_seconds` after the last request are given up."""
-        return self._client(Plan(self.port, asks, "open", connections, drain_seconds, self.settings.nice))
+        return self._client(Plan(self.port, asks, "open", 0, drain_seconds, self.settings.nice))
 
     def closed_loop(self, asks: list[Ask], clients: int, seconds: float) -> list[Outcome]:
         """So many clients for so long."""

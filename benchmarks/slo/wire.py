@@ -5,6 +5,8 @@ from typing import Literal
 
 import msgspec
 
+from benchmarks.slo.http_client import Answer
+
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request, as the bytes that go out."""
@@ -20,9 +22,9 @@ class Plan(msgspec.Struct, frozen=True):
     port: int  # at 127.0.0.1
     asks: list[Ask]
     loop: Literal["open", "closed"]
-    clients: int  # closed loop: so many, each asks again once it is answered; open loop: connections made beforehand
+    clients: int  # closed loop: so many, each asks again once it is answered
     seconds: float  # closed loop: how long; open loop: how long after the last request answers are waited for
-    nice: int  # added to the client's niceness: the server's work comes first
+    nice: int  # added to the niceness of whoever reads: the server's work comes first
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -41,3 +43,13 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def complete(self) -> bool:
         """Whether the whole answer came."""
         return self.status == 200 and self.last >= 0
+
+
+def kept(ask: Ask, sent: float, answer: Answer | None) -> Outcome:
+    """What is kept of one request; `answer` None: it was never asked."""
+    if answer is None:
+        return Outcome(ask.number, ask.due, sent, -1.0, -1.0, 0, {}, b"")
+    first = -1.0 if answer.first is None else answer.first
+    last = -1.0 if answer.last is None or answer.broken else answer.last
+    status = 0 if answer.broken else answer.status
+    return Outcome(ask.number, ask.due, sent, first, last, status, answer.headers, answer.tail)

@@ -4,6 +4,7 @@ nothing leaves early."""
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from benchmarks.slo import load
-from benchmarks.slo.client import run
+from benchmarks.slo.client import closed_loop, send
 from benchmarks.slo.http_client import Answer
-from benchmarks.slo.wire import Ask, Plan
+from benchmarks.slo.reader import Reader
+from benchmarks.slo.wire import Ask, Outcome, Plan
 from sortserve.engine.budget import Budget
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded
 
@@ -60,9 +62,11 @@ class FakeServer:
     port: int = 0
     connections: int = 0
     asked: list[int] = field(default_factory=list)
+    tasks: set[asyncio.Task[None] | None] = field(default_factory=set)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.tasks.add(task := asyncio.current_task())
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -73,7 +77,10 @@ class FakeServer:
                 if answer is not None:
                     writer.write(answer)
         except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
             writer.close()
+            self.tasks.discard(task)
 
 
 def fake(answer: Callable[[int], bytes | None]) -> AbstractAsyncContextManager[FakeServer]:
@@ -84,6 +91,8 @@ def fake(answer: Callable[[int], bytes | None]) -> AbstractAsyncContextManager[F
         made.port = server.sockets[0].getsockname()[1]
         async with server:
             yield made
+            while made.tasks:  # the client has closed every connection; each is heard of
+                await asyncio.sleep(0.01)
 
     return serving()
 
@@ -93,10 +102,21 @@ def asks(number: int, apart: float = 0.002) -> list[Ask]:
     return [Ask(place, apart * place, load.request([1, 2], place, {})) for place in range(number)]
 
 
+async def replay(port: int, asks: list[Ask], seconds: float) -> list[Outcome]:
+    """Both halves of the open loop, the sender in a thread instead of a process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    plan = Plan(port, asks, "open", 0, seconds, 0)
+    with ours, theirs:
+        sending = asyncio.create_task(asyncio.to_thread(send, plan, ours))
+        outcomes = await Reader(plan, theirs).run()
+        await sending
+    return outcomes
+
+
 async def test_the_loop_is_open() -> None:
     """Not one of the first 30 requests is answered; all leave nevertheless, in order, none before it is due."""
     async with fake(lambda number: None if number < 30 else HEAD + TEXT + LAST + DONE) as server:
-        outcomes = await run(Plan(server.port, asks(40), "open", 4, 0.2, 0))
+        outcomes = await replay(server.port, asks(40), 1.0)
         assert sorted(server.asked) == list(range(40))
     assert [outcome.number for outcome in sorted(outcomes, key=lambda outcome: outcome.sent)] == list(range(40))
     assert all(outcome.sent >= outcome.due for outcome in outcomes)
@@ -106,26 +126,25 @@ async def test_the_loop_is_open() -> None:
     assert all(outcome.sent <= outcome.first <= outcome.last for outcome in outcomes if outcome.complete)
 
 
-async def test_a_run_ends_when_all_is_answered_and_connections_are_used_again() -> None:
+async def test_a_run_ends_when_all_is_answered() -> None:
     async with fake(lambda number: REFUSAL if number % 2 else HEAD + TEXT + LAST + DONE) as server:
-        outcomes = await asyncio.wait_for(run(Plan(server.port, asks(20, 0.01), "open", 1, 600.0, 0)), 60)
-        assert server.connections < 20
+        outcomes = await asyncio.wait_for(replay(server.port, asks(20, 0.01), 600.0), 60)
     assert {outcome.number: outcome.status for outcome in outcomes} == {n: 429 if n % 2 else 200 for n in range(20)}
 
 
 async def test_no_server() -> None:
     async with fake(lambda number: b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n") as server:
         port = server.port
-        outcomes = await run(Plan(port, asks(3, 0.05), "open", 1, 5.0, 0))
+        outcomes = await replay(port, asks(3, 0.05), 60.0)
         assert [outcome.status for outcome in outcomes] == [200, 200, 200]
         assert not any(outcome.complete for outcome in outcomes)
-    outcomes = await run(Plan(port, asks(3), "open", 0, 5.0, 0))
+    outcomes = await replay(port, asks(3), 60.0)
     assert [outcome.status for outcome in outcomes] == [0, 0, 0]
 
 
 async def test_a_closed_loop_asks_as_it_is_answered() -> None:
     async with fake(lambda number: None if number == 3 else HEAD + TEXT + LAST + DONE) as server:
-        outcomes = await run(Plan(server.port, asks(5), "closed", 2, 0.5, 0))
+        outcomes = await closed_loop(Plan(server.port, asks(5), "closed", 2, 0.5, 0))
         assert server.connections == 2
     numbers = [outcome.number for outcome in outcomes]
     assert numbers[:3] == [0, 1, 2]
