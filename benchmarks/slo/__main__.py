@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.slo import report
-from benchmarks.slo.bench import prepare, run_point
+from benchmarks.slo.bench import again, prepare, run_point
 from benchmarks.slo.results import finish, save
 from sortserve.server.cli import BUNDLED
 
@@ -39,7 +39,7 @@ def run(asked: argparse.Namespace) -> None:
             points.append(run_point(bench, policy, bench.load_of(text)))
             print(_line(points[-1]), flush=True)
             save(bench, points)
-    finish(bench, points)
+    finish(bench, points, again(bench))
 
 
 def _line(point: dict[str, Any]) -> str:

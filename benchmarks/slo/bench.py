@@ -13,6 +13,8 @@ from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
 
+_SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -22,6 +24,7 @@ class Bench:
     settings: Settings
     ladder: Ladder
     trace: Trace  # lengths scaled
+    sample: Trace  # of its requests: for closed loops
     texts: load.Texts
     unloaded: Unloaded
     capacity: Sequence[measured.Capacity]  # in the ladder's order, the full model last
@@ -68,22 +71,34 @@ def prepare(asked: argparse.Namespace) -> Bench:
         context = served.get("/v1/models")["data"][0]["max_model_len"]
         trace = load.fitted(read_trace(asked.trace), asked.lengths, context)
         texts = load.Texts(served.tokens_of(load.read_text(asked.text)))
-        sample = Trace(trace.arrival[asked.start :], trace.num_prompt[asked.start :], trace.num_output[asked.start :])
+        sample = load.drawn(trace, asked.start, _SAMPLED, seed=4)
         unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds)
         print(
             f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
         )
         print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
-        capacity = []
-        for rung in rungs:
-            found = measured.capacity(served, sample, rung, texts, asked.clients, asked.capacity_seconds)
-            capacity.append(found)
-            print(f"capacity of {rung}: {found.requests_per_second:.2f} requests/s, ", end="")
-            print(f"{found.output_tokens_per_second:.0f} output tokens/s", flush=True)
-    bench = Bench(asked, settings, ladder, trace, texts, unloaded, capacity, commit())
+        capacity = [measure(served, sample, rung, texts, asked) for rung in rungs]
+    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, commit())
     ratio = bench.floor.requests_per_second / bench.full.requests_per_second
     print(f"the floor {bench.floor.submodel} does {ratio:.2f}x of the full model's requests")
     return bench
+
+
+def measure(
+    served: Served, sample: Trace, rung: str, texts: load.Texts, asked: argparse.Namespace
+) -> measured.Capacity:
+    """Measure one sub-model, and say so."""
+    found = measured.capacity(served, sample, rung, texts, asked.clients, asked.capacity_seconds)
+    print(f"capacity of {rung}: {found.requests_per_second:.2f} requests/s, ", end="")
+    print(f"{found.output_tokens_per_second:.0f} output tokens/s", flush=True)
+    return found
+
+
+def again(bench: Bench) -> list[measured.Capacity]:
+    """The capacity of floor and full model once more: what it was at the start tells loads only if the machine stayed."""
+    with started(bench.settings, "fixed") as served:
+        ends = (bench.floor.submodel, bench.full.submodel)
+        return [measure(served, bench.sample, rung, bench.texts, bench.asked) for rung in ends]
 
 
 def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:

@@ -45,6 +45,14 @@ def arrivals(trace: Trace, start: int, rate: float, seconds: float) -> Trace:
     return Trace(arrival * scale, trace.num_prompt[chosen], trace.num_output[chosen])
 
 
+def drawn(trace: Trace, start: int, count: int, seed: int) -> Trace:
+    """The `count` requests from number `start` on in a drawn order: a closed loop gets through a part of them only, and
+    the first of a trace may be shorter than the rest (by 20 % in the conversation trace)."""
+    inside = np.arange(start, min(start + count, len(trace)))
+    order = np.random.default_rng(seed).permutation(inside)
+    return Trace(np.zeros(len(order)), trace.num_prompt[order], trace.num_output[order])
+
+
 def workload(trace: Trace, unloaded: Unloaded, seed: int, mix: BudgetMix) -> Workload:
     """Budgets for each request."""
     return draw_budgets(trace, unloaded, seed, mix)

@@ -18,6 +18,7 @@ def markdown(settings: Mapping[str, Any], points: Sequence[Point], plots: Sequen
     """The page."""
     machine, capacity = settings["machine"], settings["capacity"]
     full = capacity[-1]["requests_per_second"]
+    after = [f"{rung['submodel']} {rung['requests_per_second']:.2f}" for rung in settings["capacity_after"]]
     lines = [
         f"# Budgets under load: {settings['model']}, trace {settings['trace']}",
         "",
@@ -36,6 +37,7 @@ def markdown(settings: Mapping[str, Any], points: Sequence[Point], plots: Sequen
             for rung in capacity
         ),
         "",
+        *(["Once more at the end: " + ", ".join(after) + ".", ""] if after else []),
         _COLUMNS,
         "",
         *_points(points),

@@ -9,15 +9,19 @@ from typing import Any
 from benchmarks.common import RESULTS, machine, module_command
 from benchmarks.slo import report
 from benchmarks.slo.bench import Bench
+from benchmarks.slo.capacity import Capacity
 
 _TARGET_OF_FLOOR = 0.8
 _ROUNDING = 0.005
 LEAST_RATIO = 2.5
 
 
-def save(bench: Bench, points: Sequence[dict[str, Any]], plots: Sequence[Path] = ()) -> dict[str, Any]:
+def save(
+    bench: Bench, points: Sequence[dict[str, Any]], after: Sequence[Capacity] = (), plots: Sequence[Path] = ()
+) -> dict[str, Any]:
     """The JSON and the Markdown as of now: a run that is ended early keeps its points. What the file says of all of them."""
     head = _head(bench)
+    head["capacity_after"] = [_fields(found) for found in after]
     head["reached"] = checks(head, points)
     stem = stem_of(bench)
     stem.with_suffix(".md").write_text(report.markdown(head, points, plots))
@@ -32,7 +36,7 @@ def stem_of(bench: Bench) -> Path:
     return RESULTS / f"slo-{asked.name or f'{asked.model.name}-{asked.trace.stem}'}"
 
 
-def finish(bench: Bench, points: Sequence[dict[str, Any]]) -> None:
+def finish(bench: Bench, points: Sequence[dict[str, Any]], after: Sequence[Capacity]) -> None:
     """Plots, what is reached, and one line of JSON at the end."""
     stem = stem_of(bench)
     try:
@@ -42,7 +46,7 @@ def finish(bench: Bench, points: Sequence[dict[str, Any]]) -> None:
     except ImportError as error:
         print(f"  no plots: {error}; pip install -e '.[simulate]', then python -m benchmarks.slo.plots {stem}.json")
         plots = []
-    head = save(bench, points, plots)
+    head = save(bench, points, after, plots)
     for check, reached in head["reached"].items():
         print(f"  {'reached ' if reached else 'MISSED  '} {check}")
     print(json.dumps(head))

@@ -162,6 +162,14 @@ def test_arrivals_are_at_the_rate_and_keep_their_bursts() -> None:
         load.arrivals(trace, 1, 1.0, 8.0)
 
 
+def test_closed_loops_draw_from_the_window_without_repeats() -> None:
+    found = load.drawn(Trace(np.arange(50.0), np.arange(50), np.arange(50) + 100), 10, 30, seed=1)
+    assert sorted(found.num_prompt.tolist()) == list(range(10, 40))
+    assert found.num_prompt.tolist() != list(range(10, 40))
+    assert (found.num_output - found.num_prompt == 100).all()
+    assert len(load.drawn(Trace(np.arange(5.0), np.arange(5), np.arange(5)), 2, 30, seed=1)) == 3
+
+
 def test_lengths_fit_into_the_context() -> None:
     trace = load.fitted(Trace(np.zeros(3), np.array([80, 8000, 1]), np.array([8000, 80, 1])), 0.125, 101)
     assert trace.num_prompt.tolist() == [10, 51, 1]
