@@ -79,16 +79,22 @@ async def test_engines_killed_under_32_streams(sockets: Path) -> None:
     time and 5 s, and at the end nothing is left behind.
 
     The times are those of the median round: a machine that is busy elsewhere may stall any one of them, and a server
-    that is late is late every time.
+    that is late is late every time. The load time is looked at every fifth round: one taken in a quiet moment before the
+    first (2.1 s) failed this test when the machine was busy later (8.8 s for the median return).
     """
-    began = time.monotonic()
     with serving() as server:
-        load_seconds = time.monotonic() - began
+        loads = []
         engines = {server.engine_pid}
         slowest_ends, returns = [], []
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
             for round_number in range(20):
+                if round_number % 5 == 0:
+                    began = time.monotonic()
+                    with serving() as other:
+                        loads.append(time.monotonic() - began)
+                        other.process.send_signal(signal.SIGTERM)
+                        assert other.process.wait(60) == 0
                 first_tokens = server.metric("generation_tokens_total")
                 tasks = [asyncio.create_task(streamed(client)) for _ in range(NUM_STREAMS)]
                 while server.metric("generation_tokens_total") < first_tokens + 2 * NUM_STREAMS:
@@ -106,9 +112,9 @@ async def test_engines_killed_under_32_streams(sockets: Path) -> None:
                 returns.append(time.monotonic() - killed)
                 engines.add(server.engine_pid)
                 assert server.metric("engine_restarts_total") == round_number + 1
-        print(f"slowest ends {max(slowest_ends):.2f} s, slowest return {max(returns):.1f} s, load {load_seconds:.1f} s")
+        print(f"slowest ends {max(slowest_ends):.2f} s, slowest return {max(returns):.1f} s, loads {max(loads):.1f} s")
         assert statistics.median(slowest_ends) < TERMINAL_SECONDS
-        assert statistics.median(returns) < load_seconds + LOAD_SECONDS_MORE
+        assert statistics.median(returns) < max(loads) + LOAD_SECONDS_MORE
         assert len(engines) == 21
         assert "Traceback" not in "".join(server.log)
         server.process.send_signal(signal.SIGTERM)
