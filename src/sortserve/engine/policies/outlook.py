@@ -98,15 +98,20 @@ class Outlook:
         cost: Floats = prompt * (prices.row[at] + prices.pair[at] * prompt / 2) + answer * tokens
         return cost
 
+    def late_alone(self, margin: Floats) -> Bools:
+        """[n, places] who misses its deadline at a place even if the machine had nothing else to do, `margin` [n, places]
+        times as slow as predicted."""
+        view = self.view
+        slower = self.factor * margin
+        alone = self.prices.alone * slower
+        first = np.where(self.rows > 1, self.work / self.depth * self.prices.row * slower, alone)
+        last = first + (self.left - 1)[:, None] * alone
+        late: Bools = (view.now + first > view.first_due[:, None]) & (view.num_output == 0)[:, None]
+        return view.budgeted[:, None] & (late | (view.now + last > view.last_due[:, None]))
+
     def hopeless(self, place: Ints) -> Bools:
         """[n] who misses its deadline at `place` even if the machine had nothing else to do."""
-        view = self.view
-        every = np.arange(len(view))
-        rows, pure = self.rows[every, place], self.work[every, place] / self.depth[place]
-        first = np.where(rows > 1, pure * self.prices.row[place], self.prices.alone[place]) * self.factor
-        last = first + (self.left - 1) * self.prices.alone[place] * self.factor
-        late: Bools = (view.now + first > view.first_due) & (view.num_output == 0)
-        return view.budgeted & (late | (view.now + last > view.last_due))
+        return self.late_alone(np.ones((1, 1)))[np.arange(len(self.view)), place]
 
     def foresee(self, place: Ints, chunk_tokens: Floats) -> Forecast:
         """Forecast k candidates: places [k, n] (negative: sits out), rows at full depth of prompts in a step [k]."""

@@ -93,7 +93,7 @@ class Slack:
         """See the module."""
         outlook = self.clock.look(view)
         value = self._value(outlook)
-        worth = self._worth(view, value)
+        worth = self._worth(outlook, value)
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
         if self.clock.decisions % 2 == 0:  # in turns with the search
@@ -135,12 +135,17 @@ class Slack:
         value: Floats = (so_far[:, None] + quality * outlook.left[:, None]) / (made + outlook.left)[:, None]
         return value
 
-    def _worth(self, view: View, value: Floats) -> Floats:
-        """[n, places] the value, -inf outside of floor and ceiling, and above the present place soon after a change."""
+    def _worth(self, outlook: Outlook, value: Floats) -> Floats:
+        """[n, places] the value; -inf outside of floor and ceiling, above the present place soon after a change, and where
+        the request would be late even alone: a price sees machine time, not how long one answer takes."""
+        view = outlook.view
         places = np.arange(len(view.rungs.exits))
         held = (view.place != NEVER_RAN) & (view.tokens_since_switch < self._hold_tokens) & (view.num_output > 0)
         top = np.where(held, np.clip(view.place, view.floor, view.ceiling), view.ceiling)
-        return np.where((places < view.floor[:, None]) | (places > top[:, None]), -np.inf, value)
+        rises = (view.place != NEVER_RAN)[:, None] & (places > view.place[:, None])
+        late = outlook.late_alone(np.where(rises, self._relax_margin, self._margin))
+        barred = (places < view.floor[:, None]) | (places > top[:, None]) | (late & (places != view.floor[:, None]))
+        return np.where(barred, -np.inf, value)
 
     def _bids(self, outlook: Outlook, worth: Floats) -> Bids:
         view = outlook.view
