@@ -228,6 +228,12 @@ def test_every_request_ends_exactly_once(rng: random.Random) -> None:
     random_schedule(rng)
 
 
+def test_short_of_memory_nobody_falls_back_on_a_deeper_place() -> None:
+    """Of d3 and the cheaper but deeper d4-w50, the floor: short of pages, the request tried the latter, found no room in the
+    step for the rows it lacked there, and asked nobody for memory. Two that ran then waited for each other for ever."""
+    random_schedule(random.Random(1108))
+
+
 @pytest.mark.parametrize("beside", [False, True])
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**32).map(random.Random))

@@ -116,14 +116,17 @@ class Assembly:
         self, request: Request, place: int, reason: Reason, max_cost: int, victims: Callable[[], list[Request]]
     ) -> Planned:
         """The request's part of the step on the chosen place, or where memory is short on the one it runs already, and
-        last on its floor. With exact K/V only depth gives way: other widths would start from the first token again, at
-        every step if the policy then wants the old ones back."""
+        last on its floor. None of them is deeper: a cheaper place may be (narrow, of more layers), and would need more
+        memory and rows than there are. With exact K/V only depth gives way: other widths would start from the first token
+        again, at every step if the policy then wants the old ones back."""
         attempts = [(place, reason)]
         if place > request.floor:
             tied = request.kv_mode == "exact" and request.submodel != NEVER_RAN
             same = self._settings.compatible(place) if tied else None
+            exits = self._rungs.exits
             for fallback in (request.submodel, request.floor):
-                if (same is None or fallback in same) and request.floor <= fallback < attempts[-1][0]:
+                lower = request.floor <= fallback < attempts[-1][0] and exits[fallback] <= exits[attempts[-1][0]]
+                if lower and (same is None or fallback in same):
                     attempts.append((fallback, Reason.MEMORY))
         made = Planned(None)
         for number, (at, why) in enumerate(attempts):

@@ -125,7 +125,7 @@ def test_a_tight_pace_lowers_all_rows_together_where_weights_decide() -> None:
 
 def test_a_lone_request_starts_where_it_can_be_in_time() -> None:
     """A price sees machine time, of which one request takes little: 16 tokens at 7 ms each in 100 ms began on the full
-    model, went to the floor when it was too late, and missed. Three of six layers take 71 ms, four 89, with the margin 107."""
+    model, went to the floor when it was too late, and missed. Three of six layers take 71 ms, four 89."""
     assert decide("slack", view_of({"total": 0.1})).place.tolist() == [1]
     assert decide("slack", view_of({"total": 0.01})).place.tolist() == [0]
     assert decide("slack", view_of({"total": 1.0})).place.tolist() == [FULL]
