@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, models
 from benchmarks.common import alternate, median, paired_ratio, report
 from sortserve.engine.submodel import ModelShape
 from sortserve.sorting import data, lora, memory, new_model, recipe, training
-from sortserve.sorting.flops import machine_flops, pass_flops
+from sortserve.sorting.flops import machine_flops, model_shape, pass_flops
+from sortserve.sorting.machine import keep_freed_memory
 from sortserve.sorting.nested import SubModels
 from sortserve.sorting.optimizer import Optimizer
 from sortserve.sorting.sampler import Pass, Sampler
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="of the process, instead of wall time")
     asked = parser.parse_args()
-    training.keep_freed_memory()
+    keep_freed_memory()
     tokens = asked.tokens or (512 if asked.model else 4096)
     run(
         "training_lora" if asked.model else "training",
@@ -72,16 +73,7 @@ def prepare(folder: Path | None, tokens: int) -> tuple[Parts, ModelShape, recipe
     sampler = Sampler.make(given.grid, given.method, config.num_hidden_layers, config.intermediate_size, 0)
     ids = np.random.default_rng(0).integers(2, config.vocab_size, 64 * tokens).astype(np.int32)
     packed = data.Packed(ids, given.train.window, 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = ModelShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        head_dim,
-        config.vocab_size,
-    )
+    shape = model_shape(config)
     return Parts(model, sampler, packed, 0, given, Path(), "", Accelerator(), adapters), shape, given
 
 

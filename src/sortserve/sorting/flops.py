@@ -7,11 +7,25 @@ optimiser count nothing: what they cost shows as a lower share of the machine's 
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sortserve.engine.submodel import ModelShape
 from sortserve.sorting.nested import SubModels
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The shape that a transformers config names."""
+    return ModelShape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        config.vocab_size,
+    )
 
 
 def pass_flops(

@@ -49,7 +49,7 @@ def new_file(wanted: Path) -> Iterator[Path]:
     partial = wanted.with_name(f".{wanted.name}.partial-{os.getpid()}")
     try:
         yield partial
-        _flush_file(partial)
+        to_disk(partial)
         partial.replace(wanted)
     except OSError as error:
         raise SortingError(f"writing {wanted} failed ({error.strerror}); nothing was changed") from error
@@ -90,10 +90,11 @@ def _take_name(partial: Path, wanted: Path) -> None:
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            _flush_file(path)
+            to_disk(path)
 
 
-def _flush_file(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Flush a file's content, or a folder's names. Raises OSError where the disk is full or fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # a full disk may only tell now

@@ -23,7 +23,7 @@ from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.submodel import ModelShape, SubModel
 from sortserve.sorting import held_out, lora, memory, new_model
 from sortserve.sorting.data import Texts
-from sortserve.sorting.flops import machine_flops, pass_flops
+from sortserve.sorting.flops import machine_flops, model_shape, pass_flops
 from sortserve.sorting.optimizer import Optimizer
 from sortserve.sorting.recipe import write_recipe
 from sortserve.sorting.trainer import Parts, Progress
@@ -122,16 +122,7 @@ def _ladder(parts: Parts, shape: ModelShape) -> Ladder:
 def _speed(parts: Parts, progress: Progress) -> dict[str, Any]:
     """Tokens a second and the share of the machine's rate of operations, of the run's mean."""
     config, recipe = parts.model.config, parts.recipe
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = ModelShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        head_dim,
-        config.vocab_size,
-    )
+    shape = model_shape(config)
     rank, sample = (recipe.lora.rank if recipe.lora else 0), range(min(progress.update, 200))
     drawn = [one for update in sample for one in parts.sampler.passes_of(update)]
     each = [

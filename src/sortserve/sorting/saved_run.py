@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sortserve.engine.errors import SortingError
+from sortserve.sorting.folder import to_disk
 
 KEPT = 2
 
@@ -48,10 +49,10 @@ def save(folder: Path, run: SavedRun) -> None:
         facts = {**run.facts, "sha256": _digest(path)}
         (writing / "state.json").write_text(json.dumps(facts), encoding="utf-8")
         for name in ("state.safetensors", "state.json"):
-            _to_disk(writing / name)
+            to_disk(writing / name)
         shutil.rmtree(target, ignore_errors=True)
         writing.rename(target)
-        _to_disk(folder)
+        to_disk(folder)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
@@ -104,11 +105,3 @@ def _saved(folder: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ and renamed at the end. Until then OUT/unfinished holds the run, and the same co
 """
 
 import argparse
-import ctypes
 import hashlib
 import shutil
 import signal
@@ -27,6 +26,7 @@ from sortserve.engine.checkpoint import Checkpoint
 from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.sorting import data, lora, new_model, result
+from sortserve.sorting.machine import keep_freed_memory
 from sortserve.sorting.nested import check_family
 from sortserve.sorting.recipe import Recipe, read_recipe, write_recipe
 from sortserve.sorting.sampler import Sampler
@@ -136,16 +136,6 @@ def load(folder: Path) -> Any:
     if bad:
         raise SortingError(f"{folder}: {bad} holds NaN or infinity")
     return model
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse freed buffers: returning them to the kernel after each operation costs a quarter of the time."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mmap for large buffers
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        return  # another libc: only slower
 
 
 def _encoded(tokenizer: Tokenizer, texts: data.Texts, eos: int, recipe: Recipe, folder: Path) -> Any:
