@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.slo import __main__ as slo
 from benchmarks.slo import results
+from tests.bundled import FULL
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,7 @@ def test_one_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # put back at the end
     slo.main()
     found = json.loads((tmp_path / "slo-try.json").read_text())
-    assert [rung["submodel"] for rung in found["capacity"]] == [found["floor"], "d8"]
+    assert [rung["submodel"] for rung in found["capacity"]] == [found["floor"], FULL]
     assert found["command"].startswith("python -m benchmarks.slo --trace")
     [point] = found["points"]
     assert (point["policy"], point["load"]) == ("slack", 0.5)
@@ -31,8 +32,8 @@ def test_one_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (point["complete"], point["refused"]) == (point["requests"], 0)
     assert point["attainment"] == point["attainment_by_client"] == 1.0
     assert point["mean_quality"] == 1.0, "there is no reason for less than the full model"
-    assert point["counters"]["generation_tokens{submodel=d8}"] > 0
+    assert point["counters"][f"generation_tokens{{submodel={FULL}}}"] > 0
     assert point["total_ms"]["p50"] > point["ttft_ms"]["p50"] > 0
     page = (tmp_path / "slo-try.md").read_text()
     assert "| 0.50 |" in page
-    assert "| d8 | 1.0000 |" in page
+    assert f"| {FULL} | 1.0000 |" in page

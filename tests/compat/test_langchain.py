@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.bundled import FLOOR, FULL
 from tests.compat.environments import HERE, environment
 from tests.compat.servers import counted
 from tests.server.real_server import Server
@@ -19,7 +20,7 @@ def test_langchain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> 
     assert text
     assert seen["invoke"]["usage"]["output_tokens"] == 12
     assert seen["invoke"]["metadata"]["finish_reason"] == "length"
-    assert seen["invoke"]["metadata"]["system_fingerprint"].endswith("-d8")
+    assert seen["invoke"]["metadata"]["system_fingerprint"].endswith(f"-{FULL}")
 
     assert len(seen["stream"]["contents"]) > 2, "it came in pieces"
     assert "".join(seen["stream"]["contents"]) == "".join(seen["astream"]) == seen["ainvoke"] == text
@@ -36,5 +37,5 @@ def test_langchain(server: Server, tmp_path_factory: pytest.TempPathFactory) -> 
     assert seen["budget"]["content"] == text
     assert counted(server, "budget_requests_total") == budgets + 1
 
-    assert seen["pinned"].endswith("-d2-w25")
+    assert seen["pinned"].endswith(f"-{FLOOR}")
     assert "".join(seen["completion_stream"]) == seen["completion"] != ""

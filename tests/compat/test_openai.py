@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.bundled import FLOOR, FULL
 from tests.compat.conftest import KEY
 from tests.compat.environments import HERE, environment
 from tests.compat.servers import counted, serving
@@ -45,7 +46,7 @@ def test_completions(seen: Seen) -> None:
     assert all(chunk["usage"] is None for chunk in content)
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
-    assert last["sortserve"]["submodels"] == whole["sortserve"]["submodels"] == {"d8": 16}
+    assert last["sortserve"]["submodels"] == whole["sortserve"]["submodels"] == {FULL: 16}
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
 
 
@@ -59,7 +60,7 @@ def test_chat(seen: Seen) -> None:
     assert counted == sorted(counted), "continuous usage grows"
     assert (counted[0], counted[-1]) == (0, whole["usage"]["completion_tokens"])
     assert last["choices"] == []
-    assert whole["system_fingerprint"].endswith("-d8")
+    assert whole["system_fingerprint"].endswith(f"-{FULL}")
 
 
 def test_asynchronous(seen: Seen) -> None:
@@ -114,12 +115,12 @@ def test_budgets(seen: Seen) -> None:
         assert float(answer["headers"]["x-latency-predicted-ms"]) > 0
         assert answer["body"]["sortserve"]["budget_ms"] == 30_000
         assert answer["body"]["sortserve"]["met"] is True
-        assert set(answer["body"]["sortserve"]["submodels"]) == {"d8"}, "30 s are ample"
+        assert set(answer["body"]["sortserve"]["submodels"]) == {FULL}, "30 s are ample"
     assert "x-latency-budget-ms" not in default["headers"]
     assert default["headers"]["x-latency-budget-ttft-ms"] == "20000"
     assert default["headers"]["x-latency-budget-tpot-ms"] == "9000"
-    assert pinned["headers"]["x-submodel"] == "d2-w25"
-    assert pinned["body"]["sortserve"]["submodels"] == {"d2-w25": 16}
+    assert pinned["headers"]["x-submodel"] == FLOOR
+    assert pinned["body"]["sortserve"]["submodels"] == {FLOOR: 16}
     assert pinned["body"]["choices"] != header["body"]["choices"]
     stream = found["stream"]
     assert stream["headers"]["content-type"].startswith("text/event-stream")

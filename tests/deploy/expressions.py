@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tests.bundled import FULL
 from tests.deploy.tools import CHART
 
 _SERIES = re.compile(r"(?<![\w:])(sortserve_\w+)(\{[^}]*\})?")
@@ -18,7 +19,7 @@ VARIABLES = {
     "$namespace": ".*",
     "$model": ".*",
     "$instance": ".*",
-    "$full": "d8",
+    "$full": FULL,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.bundled import LADDER
 from tests.deploy.conftest import only
 from tests.deploy.expressions import family, of_dashboard, of_rules, series
 from tests.deploy.ports import free_port
@@ -71,7 +72,7 @@ def use(server: Server) -> None:
         {"X-Latency-Budget-Ms": "5000"},
         {"X-Latency-Budget-Ms": "60"},
         {"X-Latency-Budget-Ms": "1", "X-Latency-Budget-Policy": "strict"},
-        {"X-Submodel": "d2-w50"},
+        {"X-Submodel": LADDER[1]},
     ):
         status = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60).status_code
         assert status == (400 if "X-Latency-Budget-Policy" in headers else 200)

@@ -70,7 +70,7 @@ BY_CHECKS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("set model.fullSubmodel", "number of layers"),
     ),
     "nothing to scale on": (
-        {"autoscaling": {"kind": "hpa"}, "server": {"policy": "fixed", "fixedSubmodel": "d8"}},
+        {"autoscaling": {"kind": "hpa"}, "server": {"policy": "fixed", "fixedSubmodel": "d1"}},
         ("no quality is ever given up",),
     ),
     "no gateway": ({"httpRoute": {"enabled": True}}, ("set httpRoute.parentRefs",)),

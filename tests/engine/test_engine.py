@@ -38,6 +38,7 @@ from sortserve.engine.sampler import confidences
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import Tokenizer
 from sortserve.server.cli import BUNDLED
+from tests.bundled import ABOVE_MIDDLE, FLOOR, FULL, MIDDLE
 from tests.engine.drive import ask, greedy, load_engine, run
 from tests.engine.tiny_models import make_tiny
 
@@ -323,7 +324,7 @@ def test_llm_answers_in_order(llm: LLM) -> None:
     for text, one in zip(texts, together, strict=True):
         assert llm.generate([text], greedy(20))[0].text == one.text
         assert one.text == llm.tokenizer.decode(one.token_ids)
-        assert one.submodels == ("d8",) * len(one.token_ids)
+        assert one.submodels == (FULL,) * len(one.token_ids)
         assert one.finish_reason in ("length", "stop")
     assert len({one.text for one in together}) == 3
     llm.engine.scheduler.check_integrity()
@@ -349,22 +350,22 @@ def test_llm_budgets(llm: LLM) -> None:
     [free] = llm.generate(["The king"], params)
     [ample] = llm.generate(["The king"], params, budget=Budget(total_ms=600_000.0))
     [tight] = llm.generate(["The king"], params, budget=Budget(total_ms=0.5))
-    [floored] = llm.generate(["The king"], params, budget=Budget(total_ms=0.5), floor="d8-w25")
-    [pinned] = llm.generate(["The king"], params, submodel="d4-w50")
+    [floored] = llm.generate(["The king"], params, budget=Budget(total_ms=0.5), floor=ABOVE_MIDDLE)
+    [pinned] = llm.generate(["The king"], params, submodel=MIDDLE)
     assert (free.summary.met, ample.summary.met, tight.summary.met) == (None, True, False)
-    assert Counter(ample.submodels) == {"d8": 24}
+    assert Counter(ample.submodels) == {FULL: 24}
     assert ample.token_ids == free.token_ids
-    assert Counter(tight.submodels) == {"d2-w25": 24}
-    assert Counter(floored.submodels) == {"d8-w25": 24}
-    assert Counter(pinned.submodels) == {"d4-w50": 24}
-    assert tight.summary.submodels == {"d2-w25": 24}
+    assert Counter(tight.submodels) == {FLOOR: 24}
+    assert Counter(floored.submodels) == {ABOVE_MIDDLE: 24}
+    assert Counter(pinned.submodels) == {MIDDLE: 24}
+    assert tight.summary.submodels == {FLOOR: 24}
 
 
 def test_llm_refuses_all_or_nothing(llm: LLM) -> None:
     """One bad prompt: an error, and no request of the others is left behind."""
     with pytest.raises(RequestError, match="empty"):
         llm.generate(["fine", []], greedy(4))
-    with pytest.raises(NotFoundError, match="d2-w25"):
+    with pytest.raises(NotFoundError, match=FLOOR):
         llm.generate(["fine"], greedy(4), submodel="d3")
     with pytest.raises(RequestError, match="smallest feasible"):
         llm.generate(["fine"], greedy(4, ignore_eos=True), budget=Budget(total_ms=0.001, policy="strict"))

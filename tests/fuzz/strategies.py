@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from hypothesis import strategies as st
 
+from tests.bundled import FLOOR, FULL, MIDDLE
+
 Sending = Literal["whole", "pieces", "chunked", "leave", "half-close", "cut"]
 Headers = tuple[tuple[bytes, bytes], ...]
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # makes a header no HTTP
@@ -91,12 +93,12 @@ COMMON: Fields = {  # optional fields with values that are served, each for itse
     "logit_bias": st.dictionaries(st.integers(0, 2047).map(str), st.floats(-100, 100), max_size=4),
     "user": TEXT,
     "request_id": st.sampled_from(["mine", "a/b:c"]),
-    "model": st.sampled_from(["bundled", "bundled:d8", "bundled:d2-w25"]),
+    "model": st.sampled_from(["bundled", f"bundled:{FULL}", f"bundled:{FLOOR}"]),
     "latency_budget_ms": DURATIONS,
     "latency_budget_ttft_ms": DURATIONS,
     "latency_budget_tpot_ms": DURATIONS,
     "latency_budget_policy": st.sampled_from(["best-effort", "cut"]),
-    "submodel_floor": st.sampled_from(["d2-w25", "d4-w50"]),
+    "submodel_floor": st.sampled_from([FLOOR, MIDDLE]),
     "quality_floor": st.floats(0, 0.5),
     "kv_mode": st.sampled_from(["exact", "reuse"]),
     "response_format": st.just({"type": "text"}),
@@ -119,7 +121,7 @@ EDGES: Fields = {  # values that are refused for themselves or beside another on
     "model": TEXT,
     "latency_budget_ms": st.sampled_from(["nan", "-1", "1e3", 0, 1e-300]),
     "latency_budget_policy": st.sampled_from(["strict", "other"]),
-    "submodel": st.sampled_from(["auto", "d8", "d2-w25", "d3", ""]) | TEXT,
+    "submodel": st.sampled_from(["auto", FULL, FLOOR, "d3", ""]) | TEXT,
     "submodel_floor": TEXT,
     "kv_mode": TEXT,
     "response_format": st.fixed_dictionaries(
@@ -179,7 +181,20 @@ NAMED_HEADERS = [
     b"traceparent",
 ]
 HEADER_VALUES = st.sampled_from(
-    [b"500", b"0.5s", b"1ms", b"strict", b"cut", b"d8", b"d2-w25", b"auto", b"0.9", b"exact", b"reuse", b"mine"]
+    [
+        b"500",
+        b"0.5s",
+        b"1ms",
+        b"strict",
+        b"cut",
+        FULL.encode(),
+        FLOOR.encode(),
+        b"auto",
+        b"0.9",
+        b"exact",
+        b"reuse",
+        b"mine",
+    ]
 ) | st.binary(max_size=40).map(lambda value: value.replace(b"\r", b"").replace(b"\n", b""))
 GOOD_HEADERS = st.sampled_from(
     [
@@ -242,7 +257,14 @@ def _posts(path: str) -> st.SearchStrategy[Exchange]:
 def exchanges() -> st.SearchStrategy[Exchange]:
     """Anything a client may send."""
     paths = ["/", "/health", "/ready", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/submodels"]
-    paths += ["/v1/models/bundled:d8", "/v1/models/%00%ff%0d%0aX:1", "/tokenizer_info", "/nowhere", "//", "/v1/../etc"]
+    paths += [
+        f"/v1/models/bundled:{FULL}",
+        "/v1/models/%00%ff%0d%0aX:1",
+        "/tokenizer_info",
+        "/nowhere",
+        "//",
+        "/v1/../etc",
+    ]
     methods = st.sampled_from(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"])
     others = st.builds(Exchange, st.sampled_from([*paths, *BASES]), HEADERS, st.binary(max_size=30), methods)
     garbage = st.builds(Exchange, st.sampled_from(list(BASES)), st.just(JSON_TYPE), st.binary(max_size=60))

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sortserve.server.cli import BUNDLED
+from tests.bundled import FLOOR, FULL, LADDER, MIDDLE, VOCAB
 from tests.server.real_server import Server, serving
 
-LADDER = ("d2-w25", "d2-w50", "d4-w25", "d4-w50", "d8-w25", "d6-w50", "d8-w50", "d8")
 PROMPT = "Once upon a time there was a king"
 
 # HTTP_API.md, "Metrics"
@@ -93,7 +93,7 @@ def test_completions(client: openai.OpenAI) -> None:
     assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
     assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage == whole.usage
-    assert told(whole)["submodels"] == told(chunks[-1])["submodels"] == {"d8": whole.usage.completion_tokens}
+    assert told(whole)["submodels"] == told(chunks[-1])["submodels"] == {FULL: whole.usage.completion_tokens}
     assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
     other = client.completions.create(model="bundled", prompt="The ship", max_tokens=24, temperature=0)
     assert other.choices[0].text != whole.choices[0].text
@@ -179,7 +179,7 @@ def test_a_tight_budget_gets_a_cheaper_submodel(server: Server, client: openai.O
 
     free, ample, short = ask(), ask(**{"X-Latency-Budget-Ms": "60s"}), ask(**{"X-Latency-Budget-Ms": f"{tight:.3f}ms"})
     hopeless = ask(**{"X-Latency-Budget-Ms": "0.01"})
-    assert told(free.parse())["submodels"] == told(ample.parse())["submodels"] == {"d8": num_tokens}
+    assert told(free.parse())["submodels"] == told(ample.parse())["submodels"] == {FULL: num_tokens}
     assert "X-Latency-Budget-Ms" not in free.headers
     assert (ample.headers["X-Latency-Budget-Ms"], ample.headers["X-Latency-Budget-Status"]) == ("60000", "met")
     assert 0 < float(ample.headers["X-Latency-Predicted-Ms"]) < 60_000
@@ -191,7 +191,7 @@ def test_a_tight_budget_gets_a_cheaper_submodel(server: Server, client: openai.O
     assert place < len(LADDER) - 1, made
     assert short.headers["X-Submodel"] in made
 
-    assert told(hopeless.parse())["submodels"] == {"d2-w25": num_tokens}
+    assert told(hopeless.parse())["submodels"] == {FLOOR: num_tokens}
     assert hopeless.headers["X-Latency-Budget-Status"] == "missed"
     assert told(hopeless.parse())["met"] is False
 
@@ -201,17 +201,17 @@ def test_a_pinned_submodel(client: openai.OpenAI) -> None:
 
     def text(model: str = "bundled", **fields: Any) -> str:
         answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=24, temperature=0, **fields)
-        expected = "d8" if model == "bundled" and not fields else "d2-w25"
+        expected = FULL if model == "bundled" and not fields else FLOOR
         assert list(told(answer)["submodels"]) == [expected]
         assert str(answer.system_fingerprint).endswith(f"-{expected}")
         made: str = answer.choices[0].text
         return made
 
-    pinned = text("bundled:d2-w25")
-    assert text(extra_headers={"X-Submodel": "d2-w25"}) == pinned
-    assert text(extra_body={"submodel": "d2-w25"}) == pinned
+    pinned = text(f"bundled:{FLOOR}")
+    assert text(extra_headers={"X-Submodel": FLOOR}) == pinned
+    assert text(extra_body={"submodel": FLOOR}) == pinned
     # a pin wins over a budget, which it may then miss
-    assert text(extra_headers={"X-Submodel": "d2-w25", "X-Latency-Budget-Ms": "60000"}) == pinned
+    assert text(extra_headers={"X-Submodel": FLOOR, "X-Latency-Budget-Ms": "60000"}) == pinned
     assert text() != pinned
 
 
@@ -275,7 +275,7 @@ def test_echo_with_logprobs(server: Server, client: openai.OpenAI) -> None:
     assert torch.allclose(got, picked, atol=1e-3), (got, picked)
     assert logprobs.token_logprobs[-1] == pytest.approx(float(expected[-1].max()), abs=1e-3)
     shallow = client.completions.create(
-        model="bundled:d2-w25", prompt=PROMPT, max_tokens=1, temperature=0, echo=True, logprobs=3
+        model=f"bundled:{FLOOR}", prompt=PROMPT, max_tokens=1, temperature=0, echo=True, logprobs=3
     )
     other = shallow.choices[0].logprobs
     assert other is not None
@@ -289,7 +289,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, str], int, str, str | None, str]]
     # body, headers, status, code, param, words of the message
     "no-prompt": ({}, {}, 400, "missing_field", "prompt", "prompt"),
     "empty-prompt": ({"prompt": ""}, {}, 400, "invalid_value", "prompt", "empty"),
-    "token-out-of-range": ({"prompt": [5, 2048]}, {}, 400, "invalid_value", "prompt", "2048"),
+    "token-out-of-range": ({"prompt": [5, VOCAB]}, {}, 400, "invalid_value", "prompt", str(VOCAB)),
     "too-long": (
         {"prompt": [5] * 1000, "max_tokens": 100},
         {},
@@ -298,8 +298,8 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, str], int, str, str | None, str]]
         "prompt",
         r"1000.*100.*1100.*1024",
     ),
-    "model": ({"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found", "model", "d2-w25"),
-    "submodel": ({"prompt": "a"}, {"X-Submodel": "d3"}, 404, "model_not_found", "X-Submodel", "d2-w25"),
+    "model": ({"prompt": "a", "model": "gpt"}, {}, 404, "model_not_found", "model", FLOOR),
+    "submodel": ({"prompt": "a"}, {"X-Submodel": "d3"}, 404, "model_not_found", "X-Submodel", FLOOR),
     "temperature": ({"prompt": "a", "temperature": 3}, {}, 400, "invalid_value", "temperature", r"3.*\[0.0, 2.0\]"),
     "max-tokens": ({"prompt": "a", "max_tokens": 0}, {}, 400, "invalid_value", "max_tokens", "0"),
     "type": ({"prompt": "a", "max_tokens": "5"}, {}, 400, "invalid_type", "max_tokens", "max_tokens"),
@@ -322,11 +322,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, str], int, str, str | None, str]]
     ),
     "floor-over-pin": (
         {"prompt": "a"},
-        {"X-Submodel": "d2-w25", "X-Submodel-Floor": "d8"},
+        {"X-Submodel": FLOOR, "X-Submodel-Floor": FULL},
         400,
         "invalid_value",
         "X-Submodel-Floor",
-        "d8",
+        FULL,
     ),
 }
 
@@ -373,11 +373,11 @@ def test_metrics(server: Server, client: openai.OpenAI) -> None:
         found = re.search(rf"^sortserve_{sample} (\S+)$", scrape(server), re.M)
         return float(found[1]) if found else 0.0
 
-    tokens = r'generation_tokens_total\{model="bundled",submodel="d4-w50"\}'
-    met = r'budget_requests_total\{.*outcome="met".*submodel="d4-w50"\}'
+    tokens = rf'generation_tokens_total\{{model="bundled",submodel="{MIDDLE}"\}}'
+    met = rf'budget_requests_total\{{.*outcome="met".*submodel="{MIDDLE}"\}}'
     before = counted(tokens), counted(met)
     client.completions.create(
-        model="bundled:d4-w50",
+        model=f"bundled:{MIDDLE}",
         prompt=PROMPT,
         max_tokens=17,
         extra_headers={"X-Latency-Budget-Ms": "60000"},
@@ -410,7 +410,7 @@ def test_sigterm_drains() -> None:
         assert refused.value.code == "draining"
         assert "Retry-After" in refused.value.response.headers
         assert data[-1]["choices"][0]["finish_reason"] == "length"
-        assert data[-1]["sortserve"]["submodels"] == {"d8": 900}
+        assert data[-1]["sortserve"]["submodels"] == {FULL: 900}
         assert own.process.wait(60) == 0
     assert not any("Traceback" in line for line in own.log), "".join(own.log)
 

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.bundled import FLOOR, MIDDLE
 from tests.server.real_server import Server, children, resident_bytes, serving
 
 NUM_STREAMS = 32
@@ -172,7 +173,7 @@ async def test_little_memory_and_many_requests() -> None:
         {
             "prompt": [rng.randrange(5, 2000) for _ in range(rng.randrange(1, 60))],
             "max_tokens": rng.randrange(5, 60),
-            "model": rng.choice(["bundled", "bundled", "bundled:d4-w50", "bundled:d2-w25"]),
+            "model": rng.choice(["bundled", "bundled", f"bundled:{MIDDLE}", f"bundled:{FLOOR}"]),
             "seed": number,
             "temperature": rng.choice([0.0, 1.0]),
             "ignore_eos": True,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.bundled import MIDDLE
 from tests.server.console.browser import Console, chromium, console_page, executable
 from tests.server.real_server import serving
 from tests.server.test_bundled import PROMPT
@@ -46,7 +47,7 @@ def compare(console: Console) -> None:
 
 def ladder(console: Console) -> None:
     """One sub-model pinned."""
-    console.page.locator("#panel-ladder tbody tr").filter(has_text="d4-w50").locator("td").last.click()
+    console.page.locator("#panel-ladder tbody tr").filter(has_text=MIDDLE).locator("td").last.click()
     console.page.mouse.move(5, 400)
 
 

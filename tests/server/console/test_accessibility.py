@@ -9,6 +9,7 @@ pytest.importorskip("playwright", reason="Playwright is not installed: pip insta
 
 from playwright.sync_api import Page, expect
 
+from tests.bundled import ABOVE_MIDDLE
 from tests.server.console.browser import Console
 from tests.server.console.conftest import OpenPage
 from tests.server.real_server import Server
@@ -105,9 +106,9 @@ def test_with_the_keyboard_only(console: Console) -> None:
     page.keyboard.press("ArrowRight")
     expect(page.locator("#panel-playground")).to_be_visible()
     page.keyboard.press("ArrowLeft")
-    press_until(page, "Tab", "^d6-w50$", 60)
+    press_until(page, "Tab", f"^{ABOVE_MIDDLE}$", 60)
     page.keyboard.press("Enter")
-    expect(page.locator("tr.pinned")).to_contain_text("d6-w50")
+    expect(page.locator("tr.pinned")).to_contain_text(ABOVE_MIDDLE)
 
 
 def test_escape_stops(console: Console) -> None:

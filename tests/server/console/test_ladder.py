@@ -9,10 +9,10 @@ pytest.importorskip("playwright", reason="Playwright is not installed: pip insta
 
 from playwright.sync_api import Route, expect
 
+from tests.bundled import LADDER, MIDDLE
 from tests.server.console.browser import Console
 from tests.server.console.conftest import OpenPage
 from tests.server.real_server import Server
-from tests.server.test_bundled import LADDER
 
 pytestmark = pytest.mark.slow
 
@@ -38,15 +38,15 @@ def test_every_submodel_is_in_the_table_and_in_the_picture(console: Console, con
 def test_a_pin_reaches_the_request(console: Console) -> None:
     page = console.page
     page.get_by_role("tab", name="Ladder").click()
-    page.locator("#panel-ladder tbody tr").filter(has_text="d4-w50").locator("td").last.click()
-    expect(page.get_by_role("button", name="Pin d4-w50")).to_have_attribute("aria-pressed", "true")
-    expect(page.locator(".point.pinned title")).to_have_text(re.compile("^d4-w50"))
+    page.locator("#panel-ladder tbody tr").filter(has_text=MIDDLE).locator("td").last.click()
+    expect(page.get_by_role("button", name=f"Pin {MIDDLE}")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".point.pinned title")).to_have_text(re.compile(f"^{MIDDLE}"))
     page.get_by_role("tab", name="Playground").click()
-    expect(page.locator(".pin")).to_contain_text("d4-w50 pinned")
+    expect(page.locator(".pin")).to_contain_text(f"{MIDDLE} pinned")
     expect(page.get_by_label("Smallest sub-model accepted")).to_have_count(0)
     console.ask()
-    assert console.requests[-1]["headers"]["x-submodel"] == "d4-w50"
-    assert page.locator(".answer-text .token").first.get_attribute("data-submodel") == "d4-w50"
+    assert console.requests[-1]["headers"]["x-submodel"] == MIDDLE
+    assert page.locator(".answer-text .token").first.get_attribute("data-submodel") == MIDDLE
 
     page.get_by_role("button", name="Unpin").click()
     console.ask()
@@ -60,7 +60,7 @@ def test_a_pin_by_keyboard_in_the_picture(console: Console) -> None:
     point.focus()
     page.keyboard.press("Enter")
     expect(point).to_have_attribute("aria-pressed", "true")
-    expect(page.get_by_role("button", name="Pin d2-w50")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name=f"Pin {LADDER[1]}")).to_have_attribute("aria-pressed", "true")
     page.keyboard.press("Space")
     expect(point).to_have_attribute("aria-pressed", "false")
     expect(page.locator("tr.pinned")).to_have_count(0)

@@ -13,6 +13,7 @@ pytest.importorskip("playwright", reason="Playwright is not installed: pip insta
 
 from playwright.sync_api import Page, Route, expect
 
+from tests.bundled import FLOOR, FULL, MIDDLE
 from tests.server.console.browser import PATIENCE_MS, Console
 from tests.server.console.conftest import OpenPage
 from tests.server.real_server import Server, serving
@@ -41,7 +42,7 @@ def traffic(url: str, budget: str = "60000", requests: int = 12) -> None:
     """A few answers by three sub-models."""
 
     def ask(place: int) -> None:
-        body = {"prompt": f"{PROMPT} {place}", "max_tokens": 24, "submodel": ("d2-w25", "d4-w50", "d8")[place % 3]}
+        body = {"prompt": f"{PROMPT} {place}", "max_tokens": 24, "submodel": (FLOOR, MIDDLE, FULL)[place % 3]}
         httpx.post(f"{url}/v1/completions", json=body, headers={"X-Latency-Budget-Ms": budget}, timeout=60)
 
     with ThreadPoolExecutor(4) as pool:
@@ -60,10 +61,10 @@ def test_numbers_move_with_the_traffic(console: Console, console_server: Server)
 
     def told(kind: str) -> set[str]:
         legend = page.get_by_label(re.compile(f"^{kind} by sub-model, ")).last.inner_text()
-        return set(re.findall(r"d\d[-w\d]*", legend))
+        return set(re.findall(r"d\d+[-w\d]*", legend))
 
     for kind in ("Output tokens", "Requests"):  # the scrape may have come before the last answer
-        until(page, lambda kind=kind: {"d2-w25", "d4-w50", "d8"} <= told(kind))  # type: ignore[misc]
+        until(page, lambda kind=kind: {FLOOR, MIDDLE, FULL} <= told(kind))  # type: ignore[misc]
     until(page, lambda: 0 < (number(page, "Goodput") or 0) < 12)
 
     def readings() -> tuple[str, str]:
@@ -71,7 +72,7 @@ def test_numbers_move_with_the_traffic(console: Console, console_server: Server)
         return met, quality
 
     assert ("met" in readings()[0], "quality" in readings()[1]) == (True, True)
-    # a third of the answers each by d2-w25, d4-w50 and d8, and others' requests may have come before
+    # a third of the answers each by floor, middle and full model, and others' requests may have come before
     until(page, lambda: 70 < float(re.findall(r"[\d.]+", readings()[1])[0]) < 100)
     attained = number(page, MET)
     traffic(console_server.url, budget="0.1", requests=24)

@@ -9,10 +9,10 @@ pytest.importorskip("playwright", reason="Playwright is not installed: pip insta
 
 from playwright.sync_api import Page, Route, expect
 
+from tests.bundled import FLOOR, FULL, LADDER
 from tests.server.console.browser import Console
 from tests.server.console.conftest import OpenPage
 from tests.server.real_server import Server, serving
-from tests.server.test_bundled import LADDER
 
 pytestmark = pytest.mark.slow
 
@@ -48,15 +48,15 @@ def test_an_answer_streams_with_tinted_tokens(console: Console) -> None:
     console.set_number("Temperature", 0)
     console.ask()
     assert len(answer_text(page)) > 20
-    assert submodels_shown(page) == {"d8"}, "without a budget it is the full model"
+    assert submodels_shown(page) == {FULL}, "without a budget it is the full model"
     token = page.locator(".answer-text .token").first
     looks = token.evaluate(
         "token => { const s = getComputedStyle(token); return [s.backgroundColor, s.textDecorationStyle] }"
     )
     assert looks[0].startswith("oklch"), looks
     assert looks[1] in ("dotted", "dashed", "solid", "double", "wavy")
-    assert re.match(r"d8 · token 1 · \d", token.get_attribute("title") or "")
-    expect(page.locator(".answer .legend li")).to_have_text(re.compile(r"^d8\s*48\s*100 %$"))
+    assert re.match(rf"{FULL} · token 1 · \d", token.get_attribute("title") or "")
+    expect(page.locator(".answer .legend li")).to_have_text(re.compile(rf"^{FULL}\s*48\s*100 %$"))
     told = facts(page)
     assert told["Tokens"] == "48"
     assert (told["Switches"], told["K/V"], told["Ended by"]) == ("0", "exact", "length")
@@ -80,7 +80,7 @@ def test_a_budget_is_sent_and_its_outcome_is_shown(console: Console) -> None:
     assert re.fullmatch(r"[\d.]+ m?s", page.locator(".taken").inner_text())
     console.set_number("Latency budget, milliseconds; empty for none", 0.1)
     console.ask()
-    assert submodels_shown(page) == {"d2-w25"}
+    assert submodels_shown(page) == {FLOOR}
     expect(page.locator(".answer .badge")).to_have_text(re.compile(r"missed by "))
 
 
@@ -112,12 +112,12 @@ def test_the_smallest_feasible_budget_is_marked(console: Console, console_server
     cheapest = httpx.get(f"{console_server.url}/v1/submodels").json()["data"][0]
     predicted = cheapest["predicted_ttft_ms"] + 63 * cheapest["predicted_tpot_ms"]
     assert predicted / 20 < small < predicted * 20, "the same figure, give or take how busy the machine is"
-    page.get_by_label("Smallest sub-model accepted").select_option("d8")
+    page.get_by_label("Smallest sub-model accepted").select_option(FULL)
     mark.click()
     assert float(typed.input_value()) > small * 1.5, "a higher floor needs more time"
     console.ask()
-    assert console.requests[-1]["headers"]["x-submodel-floor"] == "d8"
-    assert submodels_shown(page) == {"d8"}
+    assert console.requests[-1]["headers"]["x-submodel-floor"] == FULL
+    assert submodels_shown(page) == {FULL}
 
 
 def test_three_budgets_side_by_side(console: Console) -> None:
@@ -136,8 +136,8 @@ def test_three_budgets_side_by_side(console: Console) -> None:
     asked = [request["headers"].get("x-latency-budget-ms") for request in console.requests]
     assert asked == ["0.5", "400", None]
     assert len({request["body"]["seed"] for request in console.requests}) == 1, "only the sub-models differ"
-    assert submodels_shown(page, 0) == {"d2-w25"}
-    assert submodels_shown(page, 2) == {"d8"}
+    assert submodels_shown(page, 0) == {FLOOR}
+    assert submodels_shown(page, 2) == {FULL}
     assert all(facts(page, place)["Tokens"] == "120" for place in range(3))
     expect(page.locator(".playground > [role=status]")).to_have_text(
         re.compile("Answer 1: 120 tokens in .* Answer 3: ")
@@ -183,7 +183,7 @@ def test_an_error_in_the_middle_of_a_stream(open_page: OpenPage, console_server:
     """What had come stays, and the error is told. The server's part of it is tested with a back end that fails."""
 
     def broken(route: Route) -> None:
-        chunk = '{"choices": [{"index": 0, "text": "half an"}], "system_fingerprint": "sortserve-1-d8"}'
+        chunk = '{"choices": [{"index": 0, "text": "half an"}], "system_fingerprint": "sortserve-1-full"}'
         error = (
             '{"error": {"message": "the engine died", "type": "server_error", "param": null, "code": "engine_failed"}}'
         )
@@ -208,7 +208,7 @@ def test_chat(console: Console) -> None:
     assert sent["url"].endswith("/v1/chat/completions")
     assert [message["role"] for message in sent["body"]["messages"]] == ["user"]
     assert facts(page)["Tokens"] == "16"
-    assert submodels_shown(page) == {"d8"}
+    assert submodels_shown(page) == {FULL}
 
 
 def test_text_is_text(console: Console) -> None:
