@@ -26,6 +26,7 @@ from sortserve.engine.runner import Runner
 from sortserve.engine.sampler import Sampler, SamplingRow
 from sortserve.engine.sampling import MAX_GRAMMAR_CHARS, SamplingParams
 from sortserve.engine.text import Tokenizer
+from tests.bundled import VOCAB
 from tests.engine.drive import Outcome, ask, load_engine, run
 from tests.engine.small import WantedPolicy
 from tests.engine.tiny_models import make_tiny
@@ -33,7 +34,7 @@ from tests.engine.tiny_models import make_tiny
 BUNDLED = Path(sortserve.__file__).parent / "bundled"
 TOKENIZER = Tokenizer.load(BUNDLED)
 EOS = 1
-PADDED = 2048 + 40  # ids of the model; the last 40 have no token
+PADDED = VOCAB + 40  # ids of the model; the last 40 have no token
 PERSON = {
     "type": "object",
     "properties": {
@@ -324,7 +325,7 @@ def test_a_seed_gives_the_same_answer_whatever_the_batch(folder: Path, engine: E
     asked = [ask(f"p{n}", [7, n + 2], constrained(PERSON, seed=n, max_tokens=60)) for n in range(8)]
     alone = [run(engine, [request])[0] for request in asked]
     needed = engine.scheduler.kv.geometry
-    few = (needed.pages_for(130) + 16 * needed.state_pages + 2) * needed.page_bytes
+    few = (needed.pages_for(96) + 16 * needed.state_pages + 2) * needed.page_bytes
     tight = load_engine(folder, kv_bytes=few, max_model_len=80, max_step_tokens=16, prefix_cache=False)
     together = run(tight, asked)
     assert tight.scheduler.stats().preemptions > 0

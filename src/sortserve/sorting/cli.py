@@ -15,7 +15,7 @@ EXTRA = ("transformers", "accelerate", "peft", "tqdm")  # the `sort` extra of py
 _EPILOG = """\
 examples:
   sortserve sort ./Qwen2.5-0.5B --recipe lora.toml --data ./texts --to ./sorted   train exits and widths
-  sortserve sort --recipe bundled.toml --data ./books --to ./model --minutes 150  from scratch, as the recipe says
+  sortserve sort --recipe bundled.toml --data ./books --to ./model --minutes 76  from scratch, as the recipe says
   sortserve sort ./Qwen2.5-0.5B --no-training --to ./sorted                        in minutes, without training
 
 The same command again goes on where a killed run stopped.

@@ -84,7 +84,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* What the full model is called, in the ladder of the bundled model, and in the one that is served. The rules file has the
 first; a test holds both to the model. */}}
 {{- define "sortserve.bundledFullSubmodel" -}}
-d8
+d12
 {{- end }}
 
 {{- define "sortserve.fullSubmodel" -}}
