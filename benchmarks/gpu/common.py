@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: one measured point, the device and its ceilings, timing, and a clock that says when to stop.
+"""What the GPU benchmarks share: a measured point, the device and its ceilings, timing, and a clock that says when to stop.
 
 Every kernel's benchmark is a module here with `run(device) -> list[Result]`. `--dry-run` runs them on the CPU with Triton's
 interpreter: then `small(device)` is true, shapes are tiny, and the times mean nothing.
@@ -40,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do, measured: bytes a second of a large copy (read + written), FLOPs a second of a large product."""
+    """What the device can do, measured: bytes a second of a large copy (read + written), FLOPs a second of a product."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -90,7 +90,7 @@ def milliseconds(
     torch.cuda.synchronize(device)
     times, began = list[float](), time.perf_counter()
     while len(times) < rounds and (len(times) < 3 or time.perf_counter() - began < MOST_SECONDS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         if scratch is not None:
             scratch.zero_()
         start.record()
@@ -106,7 +106,7 @@ def graphed(call: Callable[[], object], device: torch.device | str) -> Callable[
     the call itself."""
     if small(device):
         return call
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(2):
