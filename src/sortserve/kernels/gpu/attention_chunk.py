@@ -18,21 +18,21 @@ from sortserve.kernels.gpu.paged import PagedRows, PoolShape, Scores, load_keys_
 
 @triton.jit(do_not_specialize=["layer_in_page", "window"])
 def _chunk_kernel(
-    query: Any,  # [rows, HEADS, HEAD_DIM]
-    pool: Any,
-    tables: Any,
-    row_sequence: Any,
-    row_position: Any,
-    tile_first_row: Any,
-    tile_rows: Any,
-    out: Any,  # [rows, HEADS * HEAD_DIM]
-    query_stride: Any,
-    table_stride: Any,
-    layer_in_page: Any,
-    factor: Any,
-    softcap: Any,
-    window: Any,
-    value_scale: Any,
+    query: "Any",  # [rows, HEADS, HEAD_DIM]
+    pool: "Any",
+    tables: "Any",
+    row_sequence: "Any",
+    row_position: "Any",
+    tile_first_row: "Any",
+    tile_rows: "Any",
+    out: "Any",  # [rows, HEADS * HEAD_DIM]
+    query_stride: "Any",
+    table_stride: "Any",
+    layer_in_page: "Any",
+    factor: "Any",
+    softcap: "Any",
+    window: "Any",
+    value_scale: "Any",
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -120,7 +120,7 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _zero_padding_kernel(row_position: Any, out: Any, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _zero_padding_kernel(row_position: "Any", out: "Any", WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     if tl.load(row_position + row) >= 0:
         return
