@@ -137,7 +137,7 @@ def chunk_config(padded_dim: int, element_bytes: int) -> tuple[int, int, int, in
         32: (128, 64, 4, 3),
         64: (128, 64, 4, 3),
         128: (128, 64, 8, 3),
-        256: (64, 64, 8, 2),
+        256: (64, 64, 4, 2),
     }[padded_dim]
     return (members // 2, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
 
@@ -159,6 +159,7 @@ def attend_chunks(
 ) -> None:
     """The rows of the tiles of several rows, and zeros for all padding rows."""
     _, tokens, warps, stages = chunk_config(shape.padded_dim, query.element_size())
+    members = max(16, triton.next_power_of_2(batch.max_tile_rows * shape.share))
     _chunk_kernel[(batch.tile_rows.shape[0], shape.num_kv_heads)](
         query,
         pool,
@@ -176,11 +177,11 @@ def attend_chunks(
         scores.window,
         scores.value_scale,
         **shape.constants(),
-        BLOCK_M=max(16, triton.next_power_of_2(batch.max_tile_rows * shape.share)),
+        BLOCK_M=members,
         BLOCK_N=tokens,
         WINDOW=scores.windowed,
         SOFTCAP=scores.softcap > 0,
-        num_warps=warps,
+        num_warps=warps if members > 64 else 4,
         num_stages=stages,
     )
     _zero_padding_kernel[(query.shape[0],)](batch.row_position, out, WIDTH=out.shape[1], BLOCK=1024, num_warps=4)
