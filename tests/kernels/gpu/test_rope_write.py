@@ -1,4 +1,4 @@
-"""QK-norm, rotation and page write against the float64 formula; every place of the pool that is not a row's stays as it was."""
+"""QK-norm, rotation and page write against the float64 formula; all of the pool but the rows' places stays as it was."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ HEADS, KV_HEADS, PAGE_LAYERS, SIZE, LAYER, MAX_LEN = 6, 2, 3, 16, 1, 200
 
 
 class Case:
-    """Random rows, each with a token slot of its own; with `gaps`, every fifth is padding and every fourth writes nothing."""
+    """Random rows, each with a token slot of its own; with `gaps` every fifth is padding and every fourth writes nothing."""
 
     def __init__(self, rows: int, head_dim: int, dtype: torch.dtype, *, norm: bool = False, gaps: bool = False) -> None:
         seeded = Seeded(rows * head_dim)

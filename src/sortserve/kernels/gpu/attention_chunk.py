@@ -131,7 +131,7 @@ def _zero_padding_kernel(row_position: "Any", out: "Any", WIDTH: tl.constexpr, B
 
 def chunk_config(padded_dim: int, element_bytes: int) -> tuple[int, int, int, int]:
     """(rows x query heads of a tile, tokens per block, warps, stages). At head size 128 the queries take 32 KiB and a
-    stage of K and V 32; float32, which only tests run, gets half the rows and tokens."""
+    stage of K and V 32; float32, which only tests run, gets half the tokens."""
     members, tokens, warps, stages = {
         16: (128, 64, 4, 3),
         32: (128, 64, 4, 3),
@@ -139,12 +139,12 @@ def chunk_config(padded_dim: int, element_bytes: int) -> tuple[int, int, int, in
         128: (128, 64, 8, 3),
         256: (64, 64, 4, 2),
     }[padded_dim]
-    return (members // 2, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
+    return (members, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
 
 
-def rows_per_tile(num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int = 2) -> int:
+def rows_per_tile(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
     """Into how long tiles a chunk should be cut: what fills the tile of the matrix products, at least 2."""
-    members = chunk_config(PoolShape(num_heads, num_kv_heads, head_dim, 16, 1).padded_dim, element_bytes)[0]
+    members = chunk_config(PoolShape(num_heads, num_kv_heads, head_dim, 16, 1).padded_dim, 2)[0]
     return max(2, members // (num_heads // num_kv_heads))
 
 
