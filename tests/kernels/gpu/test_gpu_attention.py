@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 from sortserve.kernels.gpu import attention_chunk, attention_decode
 from sortserve.kernels.gpu.attention import AttentionScratch, rows_per_tile
 from sortserve.kernels.gpu.attention_decode import SplitPlan
+from sortserve.kernels.gpu.paged import softmax_step
 from tests.kernels.closeness import Seeded, tolerance, worst_row_error
 from tests.kernels.gpu.paged_case import Case, Run, decode, ints
 
@@ -197,8 +198,7 @@ def test_the_tolerance_finds_wrong_metadata(tile: int, bug: str) -> None:
 
 def test_the_tolerance_finds_a_missing_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case([(280, 299)], dtype=torch.float16, tile=8, poisoned=False)
-    step = attention_chunk.softmax_step
-    monkeypatch.setattr(attention_chunk, "softmax_step", lambda *arguments: step(*arguments[:-1], False))
+    monkeypatch.setattr(attention_chunk, "softmax_step", lambda *arguments: softmax_step(*arguments[:-1], False))
     assert worst(case.run(), case.expected()) > 4 * allowed(torch.float16)
 
 

@@ -1,5 +1,7 @@
 """QK-norm, rotation and page write against the float64 formula; all of the pool but the rows' places stays as it was."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,14 +35,14 @@ class Case:
             self.positions[::5] = -1
         self.norms = [seeded.normal(head_dim, dtype=dtype) if norm else None for _ in range(2)]
 
-    def run(self, pool: Tensor, out: Tensor | None = None, **changed: object) -> Tensor:
-        arguments = {"positions": self.positions, "slots": self.slots, "layer_in_page": LAYER} | changed
+    def run(self, pool: Tensor, out: Tensor | None = None, **changed: Any) -> Tensor:
+        arguments: dict[str, Any] = {"positions": self.positions, "slots": self.slots, "layer_in_page": LAYER} | changed
         return rope_and_write(
             Guarded.of(self.qkv).tensor,
             Guarded.of(self.cos).tensor,
             Guarded.of(self.sin).tensor,
-            arguments.pop("positions"),  # type: ignore[arg-type]
-            arguments.pop("slots"),  # type: ignore[arg-type]
+            arguments.pop("positions"),
+            arguments.pop("slots"),
             pool,
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
@@ -48,7 +50,7 @@ class Case:
             query_norm=self.norms[0],
             key_norm=self.norms[1],
             out=out,
-            **arguments,  # type: ignore[arg-type]
+            **arguments,
         )
 
     def expected(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +148,7 @@ def test_the_tolerance_finds(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(7, 32, torch.float16, norm=True)
     pool, (expected_query, expected_key, _) = case.pool(), case.expected()
     pool.tensor.zero_()
-    changed: dict[str, object] = {}
+    changed: dict[str, Any] = {}
     if bug == "next-position":
         changed["positions"] = (case.positions + 1) % MAX_LEN
     elif bug == "next-slot":

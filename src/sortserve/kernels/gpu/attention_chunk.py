@@ -133,11 +133,11 @@ def chunk_config(padded_dim: int, element_bytes: int) -> tuple[int, int, int, in
     """(rows x query heads of a tile, tokens per block, warps, stages). At head size 128 the queries take 32 KiB and a
     stage of K and V 32; float32, which only tests run, gets half the tokens."""
     members, tokens, warps, stages = {
-        16: (128, 64, 4, 3),
-        32: (128, 64, 4, 3),
-        64: (128, 64, 4, 3),
+        16: (128, 64, 8, 3),
+        32: (128, 64, 8, 3),
+        64: (128, 64, 8, 3),
         128: (128, 64, 8, 3),
-        256: (64, 64, 4, 2),
+        256: (64, 64, 8, 2),
     }[padded_dim]
     return (members, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
 
