@@ -10,7 +10,7 @@ a captured graph serves every mix of contexts up to `max_context`. `reference` i
 import torch
 from torch import Tensor
 
-from sortserve.kernels.gpu.attention_chunk import attend_chunks, chunk_config, rows_per_tile
+from sortserve.kernels.gpu.attention_chunk import attend_chunks, rows_per_tile
 from sortserve.kernels.gpu.attention_decode import AttentionScratch, attend_decode
 from sortserve.kernels.gpu.paged import NO_WINDOW, PagedRows, PoolShape, Scores, reference
 
@@ -90,9 +90,8 @@ def check(
         raise ValueError(f"max_context {batch.max_context}, but tables of {batch.tables.shape[1]} pages")
     _check_rows(batch, rows, query.device)
     shape = PoolShape(num_heads, num_kv_heads, head_dim, pool.shape[1], page_layers)
-    most = max(chunk_config(shape.padded_dim, query.element_size())[0], 2 * shape.share)
-    if batch.max_tile_rows < 1 or (batch.max_tile_rows > 1 and batch.max_tile_rows * shape.share > most):
-        limit = rows_per_tile(num_heads, num_kv_heads, head_dim, query.element_size())
+    limit = rows_per_tile(num_heads, num_kv_heads, head_dim)
+    if not 1 <= batch.max_tile_rows <= limit:
         raise ValueError(f"tiles of {batch.max_tile_rows} rows, the limit here is {limit}")
     return shape
 

@@ -18,21 +18,21 @@ from sortserve.kernels.gpu.paged import PagedRows, PoolShape, Scores, load_keys_
 
 @triton.jit(do_not_specialize=["layer_in_page", "window"])
 def _chunk_kernel(
-    query: Any,  # [rows, HEADS, HEAD_DIM]
-    pool: Any,
-    tables: Any,
-    row_sequence: Any,
-    row_position: Any,
-    tile_first_row: Any,
-    tile_rows: Any,
-    out: Any,  # [rows, HEADS * HEAD_DIM]
-    query_stride: Any,
-    table_stride: Any,
-    layer_in_page: Any,
-    factor: Any,
-    softcap: Any,
-    window: Any,
-    value_scale: Any,
+    query: "Any",  # [rows, HEADS, HEAD_DIM]
+    pool: "Any",
+    tables: "Any",
+    row_sequence: "Any",
+    row_position: "Any",
+    tile_first_row: "Any",
+    tile_rows: "Any",
+    out: "Any",  # [rows, HEADS * HEAD_DIM]
+    query_stride: "Any",
+    table_stride: "Any",
+    layer_in_page: "Any",
+    factor: "Any",
+    softcap: "Any",
+    window: "Any",
+    value_scale: "Any",
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -120,7 +120,7 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _zero_padding_kernel(row_position: Any, out: Any, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _zero_padding_kernel(row_position: "Any", out: "Any", WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     if tl.load(row_position + row) >= 0:
         return
@@ -131,20 +131,20 @@ def _zero_padding_kernel(row_position: Any, out: Any, WIDTH: tl.constexpr, BLOCK
 
 def chunk_config(padded_dim: int, element_bytes: int) -> tuple[int, int, int, int]:
     """(rows x query heads of a tile, tokens per block, warps, stages). At head size 128 the queries take 32 KiB and a
-    stage of K and V 32; float32, which only tests run, gets half the rows and tokens."""
+    stage of K and V 32; float32, which only tests run, gets half the tokens."""
     members, tokens, warps, stages = {
-        16: (128, 64, 4, 3),
-        32: (128, 64, 4, 3),
-        64: (128, 64, 4, 3),
+        16: (128, 64, 8, 3),
+        32: (128, 64, 8, 3),
+        64: (128, 64, 8, 3),
         128: (128, 64, 8, 3),
         256: (64, 64, 8, 2),
     }[padded_dim]
-    return (members // 2, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
+    return (members, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
 
 
-def rows_per_tile(num_heads: int, num_kv_heads: int, head_dim: int, element_bytes: int = 2) -> int:
+def rows_per_tile(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
     """Into how long tiles a chunk should be cut: what fills the tile of the matrix products, at least 2."""
-    members = chunk_config(PoolShape(num_heads, num_kv_heads, head_dim, 16, 1).padded_dim, element_bytes)[0]
+    members = chunk_config(PoolShape(num_heads, num_kv_heads, head_dim, 16, 1).padded_dim, 2)[0]
     return max(2, members // (num_heads // num_kv_heads))
 
 
@@ -159,6 +159,7 @@ def attend_chunks(
 ) -> None:
     """The rows of the tiles of several rows, and zeros for all padding rows."""
     _, tokens, warps, stages = chunk_config(shape.padded_dim, query.element_size())
+    members = max(16, triton.next_power_of_2(batch.max_tile_rows * shape.share))
     _chunk_kernel[(batch.tile_rows.shape[0], shape.num_kv_heads)](
         query,
         pool,
@@ -176,11 +177,11 @@ def attend_chunks(
         scores.window,
         scores.value_scale,
         **shape.constants(),
-        BLOCK_M=max(16, triton.next_power_of_2(batch.max_tile_rows * shape.share)),
+        BLOCK_M=members,
         BLOCK_N=tokens,
         WINDOW=scores.windowed,
         SOFTCAP=scores.softcap > 0,
-        num_warps=warps,
+        num_warps=warps if members > 64 else 4,
         num_stages=stages,
     )
     _zero_padding_kernel[(query.shape[0],)](batch.row_position, out, WIDTH=out.shape[1], BLOCK=1024, num_warps=4)

@@ -71,23 +71,23 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["layer_in_page", "window"])
 def _decode_kernel(
-    query: Any,  # [rows, HEADS, HEAD_DIM]
-    pool: Any,
-    tables: Any,
-    row_sequence: Any,
-    row_position: Any,
-    tile_first_row: Any,
-    tile_rows: Any,
-    partial: Any,  # float32 [rows or tiles, HEADS, SPLITS, HEAD_DIM]
-    log_sums: Any,  # float32 [rows or tiles, HEADS, SPLITS]
-    out: Any,  # [rows, HEADS * HEAD_DIM]
-    query_stride: Any,
-    table_stride: Any,
-    layer_in_page: Any,
-    factor: Any,
-    softcap: Any,
-    window: Any,
-    value_scale: Any,
+    query: "Any",  # [rows, HEADS, HEAD_DIM]
+    pool: "Any",
+    tables: "Any",
+    row_sequence: "Any",
+    row_position: "Any",
+    tile_first_row: "Any",
+    tile_rows: "Any",
+    partial: "Any",  # float32 [rows or tiles, HEADS, SPLITS, HEAD_DIM]
+    log_sums: "Any",  # float32 [rows or tiles, HEADS, SPLITS]
+    out: "Any",  # [rows, HEADS * HEAD_DIM]
+    query_stride: "Any",
+    table_stride: "Any",
+    layer_in_page: "Any",
+    factor: "Any",
+    softcap: "Any",
+    window: "Any",
+    value_scale: "Any",
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -166,8 +166,8 @@ def _decode_kernel(
 
 @triton.jit
 def _piece(
-    first: Any,
-    position: Any,
+    first: "Any",
+    position: "Any",
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -182,13 +182,13 @@ def _piece(
 
 @triton.jit(do_not_specialize=["window"])
 def _merge_kernel(
-    partial: Any,
-    log_sums: Any,
-    row_position: Any,
-    tile_first_row: Any,
-    tile_rows: Any,
-    out: Any,
-    window: Any,
+    partial: "Any",
+    log_sums: "Any",
+    row_position: "Any",
+    tile_first_row: "Any",
+    tile_rows: "Any",
+    out: "Any",
+    window: "Any",
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,

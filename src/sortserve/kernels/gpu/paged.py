@@ -87,12 +87,12 @@ class Scores:
 
 @triton.jit
 def load_keys_values(
-    pool: Any,
-    table: Any,  # pointer to the sequence's pages
-    token: Any,  # [BLOCK_N] positions
-    seen: Any,  # [BLOCK_N] those that may be read
-    layer_in_page: Any,
-    kv_head: Any,
+    pool: "Any",
+    table: "Any",  # pointer to the sequence's pages
+    token: "Any",  # [BLOCK_N] positions
+    seen: "Any",  # [BLOCK_N] those that may be read
+    layer_in_page: "Any",
+    kv_head: "Any",
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -112,15 +112,15 @@ def load_keys_values(
 
 @triton.jit
 def softmax_step(
-    query: Any,  # [BLOCK_M, PADDED_DIM]
-    key: Any,  # [BLOCK_N, PADDED_DIM]
-    value: Any,
-    visible: Any,  # [BLOCK_M, BLOCK_N]
-    accumulator: Any,  # float32 [BLOCK_M, PADDED_DIM]
-    largest: Any,  # float32 [BLOCK_M], base 2
-    total: Any,
-    factor: Any,
-    softcap: Any,
+    query: "Any",  # [BLOCK_M, PADDED_DIM]
+    key: "Any",  # [BLOCK_N, PADDED_DIM]
+    value: "Any",
+    visible: "Any",  # [BLOCK_M, BLOCK_N]
+    accumulator: "Any",  # float32 [BLOCK_M, PADDED_DIM]
+    largest: "Any",  # float32 [BLOCK_M], base 2
+    total: "Any",
+    factor: "Any",
+    softcap: "Any",
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> Any:

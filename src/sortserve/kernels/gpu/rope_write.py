@@ -25,20 +25,20 @@ FP8_MAX = 448.0  # of float8_e4m3fn
 
 @triton.jit(do_not_specialize=["layer_in_page"])
 def _rope_and_write_kernel(
-    qkv: Any,  # [rows, (HEADS + 2 KV_HEADS) * HEAD_DIM]
-    cos: Any,  # float32 [max_len, HEAD_DIM / 2]
-    sin: Any,
-    positions: Any,  # int32 [rows]
-    slots: Any,  # int64 [rows]
-    query_norm: Any,  # [HEAD_DIM] or None
-    key_norm: Any,
-    pool: Any,
-    out: Any,  # [rows, HEADS, HEAD_DIM]
-    qkv_stride: Any,
-    layer_in_page: Any,
-    eps: Any,
-    key_factor: Any,  # 1 / scale
-    value_factor: Any,
+    qkv: "Any",  # [rows, (HEADS + 2 KV_HEADS) * HEAD_DIM]
+    cos: "Any",  # float32 [max_len, HEAD_DIM / 2]
+    sin: "Any",
+    positions: "Any",  # int32 [rows]
+    slots: "Any",  # int64 [rows]
+    query_norm: "Any",  # [HEAD_DIM] or None
+    key_norm: "Any",
+    pool: "Any",
+    out: "Any",  # [rows, HEADS, HEAD_DIM]
+    qkv_stride: "Any",
+    layer_in_page: "Any",
+    eps: "Any",
+    key_factor: "Any",  # 1 / scale
+    value_factor: "Any",
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
