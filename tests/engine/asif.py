@@ -23,7 +23,7 @@ from sortserve.engine.config import ModelConfig, load_model_config
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SequencePlan
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepRunner
 from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest
 from sortserve.engine.request import Request
 from sortserve.engine.runner import Runner
@@ -114,13 +114,14 @@ class Harness:
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
+    block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
         if not (self.folder / "config.json").exists():
             make_tiny(self.folder, "llama", seed=3)
         self.config = load_model_config(self.folder)
         self.ladder = asif_ladder(self.config)
-        self.geometry = KVGeometry.of(self.config.shape, self.ladder.bounds, BLOCK_TOKENS)
+        self.geometry = KVGeometry.of(self.config.shape, self.ladder.bounds, self.block_tokens)
         self.kv = KVManager(self.geometry, self.num_pages)
         self.policy = WantedPolicy(self.ladder.full)
         self.scheduler = Scheduler(
@@ -133,21 +134,30 @@ class Harness:
             ask_every=1,
         )
         self.policy.requests = self.scheduler.requests
-        source = Checkpoint.open(self.folder, self.config)
-        weights = load_weights(source, self.config, self.ladder, torch.float32)
-        self.runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
         self.oracle = Oracle(self.folder, self.config)
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
         self._sampled: list[tuple[SequencePlan, Tensor]] = []
-        sample = self.runner._sample
+        self.runner = self.make_runner()
 
-        def spy(logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, object]:
-            self._sampled = [(part, logits[row]) for part, row in sampling]
-            return sample(logits, sampling)  # type: ignore[return-value]
+    def make_runner(self) -> StepRunner:
+        """The CPU's runner, which tells `note_sampled` before it samples."""
+        source = Checkpoint.open(self.folder, self.config)
+        weights = load_weights(source, self.config, self.ladder, torch.float32)
+        runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
+        sample = runner._sample
 
-        self.runner._sample = spy  # type: ignore[assignment,method-assign]
+        def spy(logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SequenceResult]:
+            self.note_sampled(logits, sampling)
+            return sample(logits, sampling)
+
+        runner._sample = spy  # type: ignore[method-assign]
+        return runner
+
+    def note_sampled(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> None:
+        """What the step's sequences draw from, for `check`."""
+        self._sampled = [(part, logits[row]) for part, row in sampling]
 
     # ---- actions
 

@@ -111,6 +111,7 @@ class EngineConfig:
     simulates: str | None = (
         None  # a device of simulator/hardware.py whose step times are waited for; None: the model runs
     )
+    enforce_eager: bool = False  # on a GPU: launch every kernel by itself instead of replaying CUDA graphs
     warmup: bool = True  # measure the cost model before the first request
     profile_cache: bool = True  # keep what was measured for the next start on this machine, in the user's cache folder
 
