@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.attention_libraries import flash_attention, flashinfer_decode
 from benchmarks.gpu.common import Result, model_dtype, result, small
 from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention, rows_per_tile
-from sortserve.kernels.gpu.backends import flash_attention, flashinfer_decode
 
 PAGE_LAYERS, LAYER, SIZE = 4, 1, 16
 HEADS = ((32, 8, 128), (14, 2, 64))  # an 8B model, Qwen2.5-0.5B
@@ -105,7 +105,7 @@ def decode(
             compared["SDPA, K/V side by side"] = lambda: F.scaled_dot_product_attention(grouped, key, value)
         for name, make in (("FlashAttention", flash_attention), ("FlashInfer", flashinfer_decode)):
             call = make(query, setting.pool, batch, PAGE_LAYERS, LAYER, kv_heads)
-            if callable(call):
+            if call is not None:
                 compared[name] = call
     tokens = sum(contexts)
     told = f"{rows} x {contexts[0]}" if len(set(contexts)) == 1 else f"{contexts[0]} + {rows - 1} x {contexts[-1]}"
@@ -175,6 +175,16 @@ def _tiles(setting: Setting, runs: list[tuple[int, int]], most: int) -> PagedRow
             counts.append(min(most, start + rows - begin))
             position.extend(range(begin, begin + counts[-1]))
             sequence.extend([number] * counts[-1])
-    columns = [torch.tensor(values, device=setting.device, dtype=torch.int32) for values in (sequence, position, first)]
-    tile_rows = torch.tensor(counts, device=setting.device, dtype=torch.int32)
-    return PagedRows(setting.tables, *columns, tile_rows, max(setting.contexts), most)
+
+    def on_device(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=setting.device, dtype=torch.int32)
+
+    return PagedRows(
+        setting.tables,
+        on_device(sequence),
+        on_device(position),
+        on_device(first),
+        on_device(counts),
+        max(setting.contexts),
+        most,
+    )

@@ -1,4 +1,4 @@
-"""QK-norm + RoPE + K/V page write: bytes are Q, K and V read once and written once; compared with the same in PyTorch calls."""
+"""QK-norm + RoPE + K/V page write: Q, K and V are read once and written once; compared with the same in PyTorch calls."""
 
 from collections.abc import Callable
 
