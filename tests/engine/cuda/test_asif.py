@@ -15,7 +15,8 @@ from sortserve.engine.cuda import forward, rows
 from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.rows import RowLayout, StepRows
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
-from sortserve.engine.cuda.tables import PageTables
+from sortserve.engine.cuda.tables import Longs, PageTables
+from sortserve.engine.plan import Ints
 from tests.engine.asif import random_run
 from tests.engine.cuda import plain_kernels
 from tests.engine.cuda.harness import EAGER, PADDED, CudaHarness, make_model
@@ -87,10 +88,9 @@ def _stale_page_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence's pages are sent once."""
     changed = PageTables._changed
 
-    def planted(self: PageTables, seat: int, pages: np.ndarray) -> np.ndarray:
-        return changed(
-            self, seat, np.where(self.mirror[:, seat, : len(pages)].T > 0, self.mirror[:, seat, : len(pages)].T, pages)
-        )
+    def planted(self: PageTables, seat: int, pages: Ints) -> Longs:
+        known = self.mirror[:, seat, : len(pages)].T
+        return changed(self, seat, np.where(known > 0, known, pages))
 
     monkeypatch.setattr(PageTables, "_changed", planted)
 
@@ -110,8 +110,9 @@ def _width_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
 def _leavers_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exit buffer's rows are numbered one too far where a row leaves early."""
 
-    def planted(self: StepRows) -> np.ndarray:
-        return np.cumsum(self.wanted) - 1 + (self.exit.max() - self.exit).astype(np.int64) % 2
+    def planted(self: StepRows) -> Longs:
+        result: Longs = np.cumsum(self.wanted) - 1 + (self.exit.max() - self.exit).astype(np.int64) % 2
+        return result
 
     monkeypatch.setattr(StepRows, "exit_number", property(planted))
 
@@ -151,14 +152,18 @@ PLANTED: dict[str, tuple[CudaOptions, Callable[[pytest.MonkeyPatch], None]]] = {
 }
 
 
+def run_some(folder: Path, options: CudaOptions) -> None:
+    for seed in range(8):
+        run_one(folder, seed, options)
+
+
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_caught(bug: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, plant = PLANTED[bug]
     plain_kernels.put_in_place(monkeypatch, forward)
     plant(monkeypatch)
     with pytest.raises((AssertionError, IndexError)):
-        for seed in range(8):
-            run_one(folder, seed, options)
+        run_some(folder, options)
 
 
 def test_a_step_that_is_too_long_for_graphs_runs_unpadded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +175,12 @@ def test_a_step_that_is_too_long_for_graphs_runs_unpadded(folder: Path, monkeypa
     assert runner.graphs is not None
     padded = list[int]()
     segment = runner.graphs.segment
-    monkeypatch.setattr(runner.graphs, "segment", lambda number, count: (padded.append(count), segment(number, count)))
+
+    def noting(number: int, count: int) -> None:
+        padded.append(count)
+        segment(number, count)
+
+    monkeypatch.setattr(runner.graphs, "segment", noting)
     harness.submit(list(range(1, 21)), 3, place=harness.ladder.full, exact=False)
     harness.checked_step()
     assert padded == []

@@ -9,6 +9,7 @@ All tensors may as well lie on the CPU, where Triton's interpreter runs the kern
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -23,12 +24,14 @@ from sortserve.engine.cuda.sampling import DeviceSampler
 from sortserve.engine.cuda.tables import PageTables
 from sortserve.engine.cuda.weights import DeviceWeights
 from sortserve.engine.errors import RequestError
-from sortserve.engine.grammar import BoolRow, Grammars
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SampleSpec, SequencePlan, SequenceResult, StepResult
-from sortserve.engine.sampler import SampledToken, Sampler, SamplingRow
+from sortserve.engine.sampler import BoolRow, SampledToken, Sampler, SamplingRow
 from sortserve.engine.settings import SettingsTable
 from sortserve.kernels.gpu.attention import AttentionScratch, rows_per_tile
+
+if TYPE_CHECKING:  # llguidance need not be installed where only steps are measured
+    from sortserve.engine.grammar import Grammars
 
 Tokens = Callable[[], list[SampledToken]]
 
@@ -53,6 +56,16 @@ class Launched:
         return self.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step whose rows are in `buffers`. `padded`: to be run by the graphs' calls."""
+
+    counts: StepCounts
+    buffers: StepBuffers
+    padded: bool
+    tile_rows: int
+
+
 class CudaRunner:
     """Runs steps on one device. One step at a time: `launch`, then its `result`, then the next."""
 
@@ -66,7 +79,7 @@ class CudaRunner:
         max_model_len: int,
         options: CudaOptions,
         eos_token_ids: tuple[int, ...] = (),
-        grammars: Grammars | None = None,
+        grammars: "Grammars | None" = None,
     ) -> None:
         embedding, shape = weights.embedding, config.shape
         self._device, self._dtype = embedding.device, embedding.dtype
@@ -83,8 +96,8 @@ class CudaRunner:
         tables = self._tables.device
         # the scratch is for padded calls; a step of other sizes takes what it needs
         self._eager = Forward(config, weights, geometry, settings, pool, tables, max_model_len)
-        static = Forward(config, weights, geometry, settings, pool, tables, max_model_len, scratch)
-        self._tile_rows = rows_per_tile(shape.num_heads, shape.num_kv_heads, shape.head_dim, embedding.element_size())
+        padded = Forward(config, weights, geometry, settings, pool, tables, max_model_len, scratch)
+        self._tile_rows = rows_per_tile(shape.num_heads, shape.num_kv_heads, shape.head_dim)
         self._sampler = DeviceSampler(shape.vocab_size)
         self._host_sampler = Sampler(shape.vocab_size)
         self._eos = eos_token_ids
@@ -92,7 +105,7 @@ class CudaRunner:
         self._grown = self._buffers(256)
         self.graphs: Replay | None = None
         if not options.eager:
-            self.graphs = Replay(static, self._buffers(buckets[-1]), buckets, capture=options.capture)
+            self.graphs = Replay(padded, self._buffers(buckets[-1]), buckets, capture=options.capture)
             if options.capture:
                 self.graphs.capture_all(geometry.num_segments)
 
@@ -107,17 +120,9 @@ class CudaRunner:
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Returns when everything is launched; the device may still be at it."""
         began = time.perf_counter()
-        rows = StepRows.of(plan, self._geometry)
-        padded = self.graphs is not None and self.graphs.fits(len(rows), rows.longest_run)
-        if self.graphs is not None and padded:
-            buffers, tile_rows = self.graphs.buffers, 1
-        else:
-            buffers, tile_rows = self._enough(len(rows)), self._tile_rows if rows.longest_run > 1 else 1
-        buffers.clear()
-        counts = self._layout.fill(buffers.host, buffers.rows, rows, self._tables, tile_rows)
-        buffers.upload()
-        self._run_segments(counts, buffers, padded, tile_rows)
-        finish = self._launch_head(rows, counts, buffers, padded, plan.confidence)
+        rows, step = self._prepare(plan)
+        self._run_segments(step)
+        finish = self._launch_head(rows, step, plan.confidence)
         done = _record(self._device)
 
         def wait() -> StepResult:
@@ -128,43 +133,68 @@ class CudaRunner:
 
         return Launched(wait)
 
+    def prepared(self, plan: Plan) -> Callable[[], object]:
+        """The device's work of a step, to be launched again and again by who measures it: all is sent, nothing sampled."""
+        _, step = self._prepare(plan)
+
+        @torch.inference_mode()
+        def work() -> object:
+            self._run_segments(step)
+            return self._head(step) if step.counts.logits else None
+
+        return work
+
+    def _prepare(self, plan: Plan) -> tuple[StepRows, _Step]:
+        """Say everything about a step's rows in buffers, and send it."""
+        rows = StepRows.of(plan, self._geometry)
+        padded = self.graphs is not None and self.graphs.fits(len(rows), rows.longest_run)
+        if self.graphs is not None and padded:
+            buffers, tile_rows = self.graphs.buffers, 1
+        else:
+            buffers, tile_rows = self._enough(len(rows)), self._tile_rows if rows.longest_run > 1 else 1
+        buffers.clear()
+        counts = self._layout.fill(buffers.host, buffers.rows, rows, self._tables, tile_rows)
+        buffers.upload()
+        return rows, _Step(counts, buffers, padded, tile_rows)
+
     def _enough(self, rows: int) -> StepBuffers:
         """Buffers for that many rows; larger ones in place of the old where they do not do."""
         if rows > self._grown.rows:
             self._grown = self._buffers(1 << (rows - 1).bit_length())
         return self._grown
 
-    def _run_segments(self, counts: StepCounts, buffers: StepBuffers, padded: bool, tile_rows: int) -> None:
+    def _run_segments(self, step: _Step) -> None:
+        counts, buffers = step.counts, step.buffers
         if counts.entrants:
             self._eager.load_states(counts.entrants, self._layout.state_pieces, buffers)
         for segment, (rows, tiles) in enumerate(zip(counts.segments, counts.tiles, strict=True)):
-            if rows and padded:
+            if rows and step.padded:
                 assert self.graphs is not None
                 self.graphs.segment(segment, rows)
             elif rows:
-                self._eager.segment(segment, rows, buffers, tiles, tile_rows)
+                self._eager.segment(segment, rows, buffers, tiles, step.tile_rows)
         if counts.kept_states:
             self._eager.store_states(counts.kept_states, self._layout.state_pieces, buffers)
 
+    def _head(self, step: _Step) -> HeadOutput:
+        if not step.padded:
+            return self._eager.head(step.counts.logits, step.buffers)
+        assert self.graphs is not None
+        return self.graphs.head(step.counts.logits)
+
     # ---- the end of a step
 
-    def _launch_head(
-        self, rows: StepRows, counts: StepCounts, buffers: StepBuffers, padded: bool, confidence: bool
-    ) -> Callable[[], tuple[SequenceResult, ...]]:
+    def _launch_head(self, rows: StepRows, step: _Step, confidence: bool) -> Callable[[], tuple[SequenceResult, ...]]:
         """Logits of all rows that need them in one call, then one token per sequence that wants one."""
-        if not counts.logits:
+        if not step.counts.logits:
             return lambda: tuple(SequenceResult(None) for _ in rows.parts)
-        if padded:
-            assert self.graphs is not None
-            output = self.graphs.head(counts.logits)
-        else:
-            output = self._eager.head(counts.logits, buffers)
+        output = self._head(step)
         spans, first = {}, 0
         for part in rows.parts:
             asked = part.stop - part.start if part.prompt_logprobs is not None else int(part.sample is not None)
             spans[part.request_id] = (first, first + asked)
             first += asked
-        assert first == counts.logits, (first, counts.logits)
+        assert first == step.counts.logits, (first, step.counts.logits)
         sampling = [(part, spans[part.request_id][1] - 1) for part in rows.parts if part.sample is not None]
         sampled = self._launch_sampling(output, sampling, confidence)
         prompts = [
