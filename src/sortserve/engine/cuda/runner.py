@@ -56,6 +56,14 @@ class Launched:
         return self.wait()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A step whose rows are sent; `launch` may be called again and again, and samples nothing."""
+
+    buffers: StepBuffers
+    launch: Callable[[], HeadOutput | None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """A step whose rows are in `buffers`. `padded`: to be run by the graphs' calls."""
@@ -133,16 +141,16 @@ class CudaRunner:
 
         return Launched(wait)
 
-    def prepared(self, plan: Plan) -> Callable[[], object]:
-        """The device's work of a step, to be launched again and again by who measures it: all is sent, nothing sampled."""
+    def prepared(self, plan: Plan) -> Prepared:
+        """The device's work of a step, for who measures it."""
         _, step = self._prepare(plan)
 
         @torch.inference_mode()
-        def work() -> object:
+        def launch() -> HeadOutput | None:
             self._run_segments(step)
             return self._head(step) if step.counts.logits else None
 
-        return work
+        return Prepared(step.buffers, launch)
 
     def _prepare(self, plan: Plan) -> tuple[StepRows, _Step]:
         """Say everything about a step's rows in buffers, and send it."""
