@@ -55,7 +55,7 @@ def test_for_hopper(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_every_row_of_the_tables(tmp_path: Path, architecture: int) -> None:
-    """Spilled 24 bytes a thread at head size 64 with four warps, and 112 at 256."""
+    """Chunks spilled 24 bytes a thread at head size 64 with four warps, and 112 at 256 with blocks of 64 tokens."""
     sizes = [(4, 2, 32), (14, 2, 64), (32, 8, 128), (16, 8, 256)]
     cases: list[Any] = [(*size, False, {}) for size in sizes]
     if architecture >= 89:

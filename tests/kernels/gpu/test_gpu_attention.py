@@ -142,6 +142,19 @@ def test_one_graph_serves_every_context() -> None:
     assert worst(out, case.expected()) <= allowed(torch.float32)
 
 
+def test_rows_whose_attention_is_skipped_read_nothing() -> None:
+    """Their positions are -1, in tiles of one row and of several: zeros, whatever their queries are."""
+    case = Case([*decode(40), (16, 24), (30, 37), *decode(9)], tile=8)
+    positions, query = case.batch.row_position.clone(), case.query
+    positions[0] = -1
+    positions[1:9] = -1
+    query[:9] = float("nan")
+    case.batch = dataclasses.replace(case.batch, row_position=positions)
+    out = case.run()
+    assert (out[:9] == 0).all()
+    assert worst(out, case.expected()) <= allowed(torch.float32)
+
+
 def test_scratch() -> None:
     case = Case(decode(500, 40))
     scratch = AttentionScratch.allocate(torch.device("cpu"), 4, 4, 2, 32, 512)

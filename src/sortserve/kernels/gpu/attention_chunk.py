@@ -137,7 +137,7 @@ def chunk_config(padded_dim: int, element_bytes: int) -> tuple[int, int, int, in
         32: (128, 64, 8, 3),
         64: (128, 64, 8, 3),
         128: (128, 64, 8, 3),
-        256: (64, 64, 8, 2),
+        256: (64, 32, 8, 3),
     }[padded_dim]
     return (members, tokens // 2, warps, 2) if element_bytes == 4 else (members, tokens, warps, stages)
 
@@ -158,7 +158,7 @@ def attend_chunks(
     out: Tensor,
 ) -> None:
     """The rows of the tiles of several rows, and zeros for all padding rows."""
-    _, tokens, warps, stages = chunk_config(shape.padded_dim, query.element_size())
+    full, tokens, warps, stages = chunk_config(shape.padded_dim, query.element_size())
     members = max(16, triton.next_power_of_2(batch.max_tile_rows * shape.share))
     _chunk_kernel[(batch.tile_rows.shape[0], shape.num_kv_heads)](
         query,
@@ -181,7 +181,7 @@ def attend_chunks(
         BLOCK_N=tokens,
         WINDOW=scores.windowed,
         SOFTCAP=scores.softcap > 0,
-        num_warps=warps if members > 64 else 4,
+        num_warps=warps if members == full else 4,
         num_stages=stages,
     )
     _zero_padding_kernel[(query.shape[0],)](batch.row_position, out, WIDTH=out.shape[1], BLOCK=1024, num_warps=4)
