@@ -70,7 +70,9 @@ def tiles_for(num_rows: int, x: Tensor, weight: Tensor) -> Tiles:
     """One table for all shapes, so that graphs captured at start and eager steps run the same kernel."""
     rows = tile_rows(num_rows)
     out, inner, warps = (64, 128, 4) if rows <= 32 else (64, 64, 4) if rows == 64 else (128, 64, 8)
-    return Tiles(rows, out, inner, warps, stages_for(rows, inner * (rows * x.itemsize + out * weight.itemsize), x.device))
+    return Tiles(
+        rows, out, inner, warps, stages_for(rows, inner * (rows * x.itemsize + out * weight.itemsize), x.device)
+    )
 
 
 def stages_for(rows: int, step_bytes: int, device: torch.device) -> int:
@@ -257,7 +259,9 @@ def _workspace(parts: Tensor | None, size: int, x: Tensor) -> Tensor:
     if parts is None:
         return x.new_empty(size, dtype=torch.float32)
     if parts.numel() < size or parts.dtype != torch.float32 or parts.device != x.device or not parts.is_contiguous():
-        raise ValueError(f"parts is {parts.dtype} {tuple(parts.shape)} on {parts.device}, expected {size} contiguous float32")
+        raise ValueError(
+            f"parts is {parts.dtype} {tuple(parts.shape)} on {parts.device}, expected {size} contiguous float32"
+        )
     return parts
 
 
