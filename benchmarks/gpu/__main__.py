@@ -1,5 +1,5 @@
-"""`python -m benchmarks.gpu`: all that needs a CUDA GPU, in under nine minutes: correctness in bfloat16, kernels against their
-ceilings, whole steps on dummy weights of Llama-3.2-1B and Llama-3.1-8B shapes.
+"""`python -m benchmarks.gpu`: all that needs a CUDA GPU, in under nine minutes: correctness in bfloat16, kernels against
+their ceilings, whole steps on dummy weights of Llama-3.2-1B and Llama-3.1-8B shapes.
 
 Needs torch, triton, transformers, safetensors and numpy beside this repository. Writes results/gpu-<GPU>.json and .md.
 `--dry-run` runs every section on the CPU through Triton's interpreter, on tiny shapes: its times mean nothing.

@@ -42,10 +42,11 @@ class Check:
         return (self.error > self.allowed) if self.must_fail else (self.error <= self.allowed)
 
 
-def run(device: torch.device, clock: Clock, say: Callable[[str], None], *, eager_only: bool = False) -> list[Check]:
-    """Prompts in chunks, decode at every depth and width, and mixes, as graphs and kernel by kernel."""
+def run(
+    device: torch.device, clock: Clock, say: Callable[[str], None], checks: list[Check], *, eager_only: bool = False
+) -> None:
+    """Prompts in chunks, decode at every depth and width in one step, as graphs and kernel by kernel; added to `checks`."""
     setup = TINY if small(device) else MEDIUM
-    checks = list[Check]()
     for eager in (True,) if eager_only else (False, True):
         bench = Bench.build(setup, device, model_dtype(device), eager=eager)
         oracle = Oracle(bench)
@@ -55,8 +56,7 @@ def run(device: torch.device, clock: Clock, say: Callable[[str], None], *, eager
             say(f"  {word} {check.what}: relative error {check.error:.2e}, allowed {check.allowed:.2e}")
             if clock.spent():
                 say("  no time left for the other checks")
-                return checks
-    return checks
+                return
 
 
 class Oracle:
@@ -95,10 +95,10 @@ class Oracle:
         """Logits after the last token of the sub-model, float64 on the host."""
         model = self._exact if exact else self._rounded
         inner, device = model.model, model.lm_head.weight.device
-        saved = [
-            (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight) for layer in inner.layers
-        ]
         layers = inner.layers
+        saved = [
+            (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight) for mlp in (one.mlp for one in layers)
+        ]
         try:
             for layer, (gate, up, down) in zip(layers, saved, strict=True):
                 layer.mlp.gate_proj.weight = _parameter(gate[:width])

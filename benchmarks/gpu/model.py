@@ -163,7 +163,9 @@ class Bench:
             submodel=place,
             exit=exit,
             spans=(Span(start, stop, first_segment, exit, self.settings.targets[place]),),
-            tokens=tokens if tokens is not None else [(7 * at + number) % 50 + 1 for at in range(stop)],
+            tokens=tokens
+            if tokens is not None
+            else [(7 * at + number) % (self.setup.shape.vocab_size - 1) for at in range(stop)],
             watermark=(start,) * exit if watermark is None else watermark,
             pages=pages,
             state_pages=state_pages if first_segment or states else {},

@@ -105,38 +105,39 @@ class Report:
         if self.dry_run:
             lines += ["A dry run on the CPU: the times mean nothing.", ""]
         passed = sum(check.passed for check in self.checks)
-        lines += [
-            f"Correctness: {passed} of {len(self.checks)} checks as they must be. compute-sanitizer: {self.sanitizer}.",
-            "",
-        ]
-        lines += [
-            "## Steps",
-            "",
-            "| what | device ms | wall ms | ideal ms | figures | target | |",
-            "| - | - | - | - | - | - | - |",
-        ]
-        for row in self.rows:
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items())
-            verdict = {None: "", True: "reached", False: "missed"}[row.reached]
-            lines.append(
-                f"| {row.section}: {row.what} | {row.device_ms:.3f} | {row.wall_ms:.3f} | {row.ideal_ms:.3f} | {figures} "
-                f"| {row.target} | {verdict} |"
-            )
-        lines += [
-            "",
-            "## Kernels",
-            "",
-            "| kernel | shape | ms | ceiling ms | reached | others, ms |",
-            "| - | - | - | - | - | - |",
-        ]
-        for result in self.kernels:
-            others = ", ".join(f"{name} {taken:.4f}" for name, taken in result.compared.items())
-            lines.append(
-                f"| {result.name} | {result.shape} | {result.milliseconds:.4f} | {result.ceiling_ms:.4f} | {result.share:.0%} | {others} |"
-            )
-        lines += ["", "## Checks", "", "| what | relative error | allowed | |", "| - | - | - | - |"]
-        lines += [
-            f"| {check.what} | {check.error:.2e} | {'over ' if check.must_fail else ''}{check.allowed:.2e} | {'ok' if check.passed else 'FAILED'} |"
-            for check in self.checks
-        ]
+        lines += [f"Correctness: {passed} of {len(self.checks)} checks came out as they must.", ""]
+        lines += [f"compute-sanitizer: {self.sanitizer}.", "", "## Steps", ""]
+        lines += _table(
+            ("what", "device ms", "wall ms", "ideal ms", "figures", "target", ""),
+            [_step_cells(row) for row in self.rows],
+        )
+        lines += ["", "## Kernels", ""]
+        lines += _table(
+            ("kernel", "shape", "ms", "ceiling ms", "reached", "others, ms"),
+            [_kernel_cells(result) for result in self.kernels],
+        )
+        lines += ["", "## Checks", ""]
+        lines += _table(("what", "relative error", "allowed", ""), [_check_cells(check) for check in self.checks])
         return lines + [f"\nFAILED {what}:\n\n```\n{words}\n```" for what, words in self.failures.items()]
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ("-",) * len(head), *rows)]
+
+
+def _step_cells(row: Row) -> tuple[str, ...]:
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items())
+    verdict = {None: "", True: "reached", False: "missed"}[row.reached]
+    times = (f"{row.device_ms:.3f}", f"{row.wall_ms:.3f}", f"{row.ideal_ms:.3f}")
+    return (f"{row.section}: {row.what}", *times, figures, row.target, verdict)
+
+
+def _kernel_cells(result: Result) -> tuple[str, ...]:
+    others = ", ".join(f"{name} {taken:.4f}" for name, taken in result.compared.items())
+    times = (f"{result.milliseconds:.4f}", f"{result.ceiling_ms:.4f}", f"{result.share:.0%}")
+    return (result.name, result.shape, *times, others)
+
+
+def _check_cells(check: Check) -> tuple[str, ...]:
+    allowed = f"{'over ' if check.must_fail else ''}{check.allowed:.2e}"
+    return (check.what, f"{check.error:.2e}", allowed, "ok" if check.passed else "FAILED")

@@ -28,7 +28,7 @@ def scheduled(bench: Bench, batch: int, steps: int, clock: Clock) -> list[float]
         max_running=setup.max_running,
     )
     for number in range(batch):
-        tokens = tuple(np.random.default_rng(number).integers(1, 50, prompt).tolist())
+        tokens = tuple(np.random.default_rng(number).integers(0, setup.shape.vocab_size, prompt).tolist())
         sampling = SamplingParams(max_tokens=setup.context - prompt - 1, temperature=0.0, ignore_eos=True)
         scheduler.add(GenerateRequest(f"o{number}", tokens, sampling, time.monotonic(), None))
     while any(request.num_output < 3 for request in scheduler.requests.values()):

@@ -16,9 +16,10 @@ class Struct:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__()
-        for name in cls.__dict__.get("__annotations__", {}):
-            default = cls.__dict__.get(name)
-            if isinstance(default, dict | list):  # msgspec copies such a default for every instance
+        for name, default in list(vars(cls).items()):
+            if not name.startswith("_") and isinstance(
+                default, dict | list
+            ):  # msgspec copies such a default for every instance
                 setattr(cls, name, dataclasses.field(default_factory=default.copy))
         dataclasses.dataclass(eq=True)(cls)
 
