@@ -128,7 +128,8 @@ def _parameter(weight: Tensor) -> torch.nn.Parameter:
 
 def _checks(bench: Bench, oracle: Oracle, how: str) -> list[Check]:
     setup = bench.setup
-    kinds = [(depth, width) for depth in setup.depths for width in setup.widths][: setup.max_running]
+    kinds = [(depth, width) for depth in setup.depths for width in setup.widths]
+    kinds = kinds[:: max(1, len(kinds) // setup.max_running)][: setup.max_running]
     lengths = [setup.context // 2 - 5 * number - 3 for number in range(len(kinds))]
     parts = []
     for number, ((depth, width), length) in enumerate(zip(kinds, lengths, strict=True)):

@@ -143,7 +143,6 @@ class Bench:
         *,
         first_segment: int = 0,
         watermark: tuple[int, ...] | None = None,
-        tokens: Sequence[int] | None = None,
         states: bool = False,
     ) -> SequencePlan:
         """Rows [start, stop) of a sequence that owns the `number`-th share of the pages."""
@@ -163,9 +162,7 @@ class Bench:
             submodel=place,
             exit=exit,
             spans=(Span(start, stop, first_segment, exit, self.settings.targets[place]),),
-            tokens=tokens
-            if tokens is not None
-            else [(7 * at + number) % (self.setup.shape.vocab_size - 1) for at in range(stop)],
+            tokens=[(7 * at + number) % (self.setup.shape.vocab_size - 1) for at in range(stop)],
             watermark=(start,) * exit if watermark is None else watermark,
             pages=pages,
             state_pages=state_pages if first_segment or states else {},

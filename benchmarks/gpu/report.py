@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import commit
 from benchmarks.gpu.common import Result, ceilings, small
 from benchmarks.gpu.correctness import Check
 from benchmarks.gpu.end_to_end import Row
+from benchmarks.provenance import commit
 
 
 @dataclass

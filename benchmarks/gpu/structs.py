@@ -17,9 +17,7 @@ class Struct:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__()
         for name, default in list(vars(cls).items()):
-            if not name.startswith("_") and isinstance(
-                default, dict | list
-            ):  # msgspec copies such a default for every instance
+            if not name.startswith("_") and isinstance(default, dict | list):  # msgspec copies it for each
                 setattr(cls, name, dataclasses.field(default_factory=default.copy))
         dataclasses.dataclass(eq=True)(cls)
 

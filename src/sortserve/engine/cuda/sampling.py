@@ -4,7 +4,7 @@ The definition is the sampler's (engine/sampler.py), random numbers included, so
 CPU up to the last bit of a float32 exponential:
 
     greedy             the argmax that the head has computed already
-    top-k up to 128    the k best logits go to the host, where the CPU's own code draws among them
+    top-k up to 64     the k best logits go to the host, where the CPU's own code draws among them
     other plain rows   weights, nucleus and inverse cumulative sum on the device, in float64 like the CPU's
     the rest           bias, penalties, grammar, log-probabilities: the row's logits go to the host
 """
@@ -26,9 +26,7 @@ from sortserve.engine.sampler import (
     token_logprob,
     uniform,
 )
-from sortserve.kernels.gpu.sampling import top_k
-
-MOST_TOP_K = 128
+from sortserve.kernels.gpu.sampling import MOST_K, top_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ class DeviceSampler:
             if not params.plain or params.logprobs is not None:
                 kinds.whole.append(i)
             elif not params.greedy:
-                (kinds.few if 0 < params.top_k <= MOST_TOP_K else kinds.drawn).append(i)
+                (kinds.few if 0 < params.top_k <= MOST_K else kinds.drawn).append(i)
         return kinds
 
     def _launch_few(

@@ -66,7 +66,7 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row, largest first: (values float32 [rows, k], ids int64 [rows, k]). Raises ValueError."""
+    """The k largest logits of each row, largest first: values float32 and ids int64, [rows, k]. Raises ValueError."""
     if not 1 <= k <= min(MOST_K, logits.shape[1]):
         raise ValueError(f"k is {k}, expected 1 to {min(MOST_K, logits.shape[1])}")
     values, ids, _ = _survivors(logits, min(k, BLOCK))
