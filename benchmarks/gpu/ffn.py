@@ -1,74 +1,64 @@
-"""The staircase FFN at full, half and mixed width, against torch.matmul for the same FFN in the same run.
+"""The staircase FFN: each width's weights are read once per tile of rows; compared with torch.matmul for the same FFN.
 
-Bytes: 3 x hidden x width of the widest row, once; activations of all rows. FLOPs: 6 x hidden x width a row.
+The comparison runs on a prefix of its own at every width, copied before the clock starts: what a model cut to that width
+would take. Mixed widths are half full and half at a quarter, rows sorted; they are compared with nothing.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.common import Result, model_dtype, result, small
-from sortserve.kernels.gpu.ffn import GatedWeights, staircase_ffn
+from sortserve.kernels.gpu.ffn import FfnScratch, GatedWeights, staircase_ffn
+
+ROWS = (1, 8, 32, 64, 128, 256, 2048)
+SHARES = (1.0, 0.5, 0.25)
 
 
 def run(device: torch.device) -> list[Result]:
-    """Llama-3.1-8B's FFN (4096 to 14336) at decode and prompt sizes, in bfloat16, and in int8 at decode sizes."""
-    hidden, width = (32, 96) if small(device) else (4096, 14336)
-    rows_list = (2,) if small(device) else (1, 8, 16, 32, 64, 128, 256, 2048)
-    weights = _weights(hidden, width, device)
-    found = [each for rows in rows_list for each in _measure(rows, weights, device)]
-    narrow = _int8(weights)
-    return found + [_one("int8, full", rows, [width] * rows, narrow, device, None) for rows in rows_list if rows <= 64]
-
-
-def _weights(hidden: int, width: int, device: torch.device) -> GatedWeights:
-    def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, device=device) * columns**-0.5).to(model_dtype(device))
-
-    return GatedWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width))
-
-
-def _int8(weights: GatedWeights) -> GatedWeights:
-    made: dict[str, Tensor] = {}
-    for name in ("gate", "up", "down"):
-        weight = getattr(weights, name).float()
-        scale = weight.abs().amax(1) / 127.0
-        made |= {name: (weight / scale[:, None]).round().to(torch.int8), f"{name}_scale": scale}
-    return GatedWeights(**made)
-
-
-def _measure(rows: int, weights: GatedWeights, device: torch.device) -> list[Result]:
-    width = weights.gate.shape[0]
-    both = torch.cat([weights.gate, weights.up])
-
-    def in_torch(share: int, x: Tensor) -> Tensor:
-        half = width // share
-        merged = both if share == 1 else both.view(2, width, -1)[:, :half].reshape(2 * half, -1)
-        gate, up = F.linear(x, merged).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, weights.down[:, :half])
-
-    mixed = [width if row < max(1, rows // 8) else width // 2 for row in range(rows)]
-    return [
-        _one("full", rows, [width] * rows, weights, device, lambda x: in_torch(1, x)),
-        _one("half", rows, [width // 2] * rows, weights, device, None),
-        _one("an eighth full, the rest half", rows, mixed, weights, device, None),
-    ]
-
-
-def _one(
-    name: str, rows: int, widths: list[int], weights: GatedWeights, device: torch.device, in_torch: object
-) -> Result:
-    width, hidden = weights.gate.shape
-    x = torch.randn(rows, hidden, device=device, dtype=model_dtype(device))
-    limits = torch.tensor(widths, dtype=torch.int32, device=device)
-    inner, out = x.new_empty(rows, width), torch.empty_like(x)
-    compared = {"torch.matmul": lambda: in_torch(x)} if callable(in_torch) else None
-    return result(
-        f"FFN, {name}",
-        f"{rows} rows, {hidden} to {width}",
-        lambda: staircase_ffn(x, weights, limits, x, inner=inner, out=out),
-        device,
-        num_bytes=3 * hidden * max(widths) * weights.gate.element_size() + 3 * x.nbytes,
-        flops=6 * hidden * sum(widths),
-        compared=compared,
+    """Llama-3.1-8B's FFN (4096 to 14336): uniform full, half and quarter width, and mixed widths."""
+    hidden, width = (32, 128) if small(device) else (4096, 14336)
+    dtype = model_dtype(device)
+    gate, up, down = (
+        torch.randn(*shape, device=device, dtype=dtype) * shape[1] ** -0.5
+        for shape in ((width, hidden), (width, hidden), (hidden, width))
     )
+    weights = GatedWeights(gate, up, down)
+    results = []
+    for rows in (2,) if small(device) else ROWS:
+        results += [_measure(device, weights, [int(width * share)] * rows, f"width {share:.0%}") for share in SHARES]
+        if rows > 1:
+            wide = rows // 2
+            results.append(_measure(device, weights, [width] * wide + [width // 4] * (rows - wide), "mixed"))
+    return results
+
+
+def _measure(device: torch.device, weights: GatedWeights, widths: list[int], told: str) -> Result:
+    hidden, rows, widest = weights.down.shape[0], len(widths), max(widths)
+    x = torch.randn(rows, hidden, device=device, dtype=weights.gate.dtype)
+    residual, out = torch.randn_like(x), torch.empty_like(x)
+    on_device = torch.tensor(widths, dtype=torch.int32, device=device)
+    scratch = FfnScratch.for_rows(rows, weights, x)
+
+    def ours() -> Tensor:
+        return staircase_ffn(x, weights, on_device, residual, scratch=scratch, out=out)
+
+    moved = 3 * hidden * widest * weights.gate.itemsize + 3 * x.nbytes + 2 * sum(widths) * x.itemsize
+    compared = {"torch.matmul": _in_torch(x, residual, weights, widest)} if min(widths) == widest else {}
+    shape = f"{rows} rows, {hidden} x {weights.gate.shape[0]}, {told}"
+    flops = 6 * hidden * sum(widths)
+    return result("ffn", shape, ours, device, num_bytes=moved, flops=flops, compared=compared)
+
+
+def _in_torch(x: Tensor, residual: Tensor, weights: GatedWeights, width: int) -> Callable[[], Tensor]:
+    """Gate and up as one product, as engines with one fixed model have it."""
+    gate_up = torch.cat([weights.gate[:width], weights.up[:width]])
+    down = weights.down[:, :width].contiguous()
+
+    def run_torch() -> Tensor:
+        gate, up = torch.matmul(x, gate_up.T).chunk(2, dim=-1)
+        return torch.addmm(residual, F.silu(gate) * up, down.T)
+
+    return run_torch

@@ -1,32 +1,41 @@
-"""Weight-only products in int8 and fp8 against cuBLAS in bfloat16: what is read is half as much."""
+"""Weight-only int8 and fp8 products: half the bytes of bfloat16, which torch.matmul on the same matrix reads."""
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.common import Result, model_dtype, result, small
 from sortserve.kernels.gpu.linear import linear
 
+HIDDEN, QKV, VOCAB = 4096, 6144, 128256
+
 
 def run(device: torch.device) -> list[Result]:
-    """The output projection (4096 to 4096) and the QKV projection (4096 to 6144) of Llama-3.1-8B at decode sizes."""
-    shapes = ((32, 48),) if small(device) else ((4096, 4096), (4096, 6144))
-    rows_list = (2,) if small(device) else (1, 8, 32, 64)
-    formats = [("int8", torch.int8)]
+    """An 8B model's QKV product and LM head, in the formats that the card knows."""
+    kinds = {"int8": torch.int8}
     if small(device) or torch.cuda.get_device_capability(device) >= (8, 9):
-        formats.append(("fp8", torch.float8_e4m3fn))
-    return [_measure(device, rows, *shape, *kind) for shape in shapes for rows in rows_list for kind in formats]
+        kinds["fp8"] = torch.float8_e4m3fn
+    shapes = ((64, 48),) if small(device) else ((HIDDEN, QKV), (HIDDEN, VOCAB))
+    rows_list = (2,) if small(device) else (1, 8, 32, 64, 256)
+    results = []
+    for size, channels in shapes:
+        plain = torch.randn(channels, size, device=device, dtype=model_dtype(device))
+        scale = plain.float().abs().amax(1) / 100
+        for kind, dtype in kinds.items():
+            values = (plain / scale[:, None]).round().to(dtype)
+            results += [_measure(device, kind, rows, values, scale, plain) for rows in rows_list]
+    return results
 
 
-def _measure(device: torch.device, rows: int, k: int, n: int, name: str, dtype: torch.dtype) -> Result:
-    x = torch.randn(rows, k, device=device, dtype=model_dtype(device))
-    plain = torch.randn(n, k, device=device, dtype=model_dtype(device))
-    narrow = (torch.randn(n, k, device=device) * 20).to(dtype)
-    scale = torch.full((n,), 0.01, device=device)
+def _measure(device: torch.device, kind: str, rows: int, values: Tensor, scale: Tensor, plain: Tensor) -> Result:
+    channels, size = values.shape
+    x = torch.randn(rows, size, device=device, dtype=plain.dtype)
+    out = torch.empty(rows, channels, device=device, dtype=plain.dtype)
     return result(
-        f"linear, {name}",
-        f"{rows} rows, {k} to {n}",
-        lambda: linear(x, narrow, scale=scale),
+        f"linear {kind}",
+        f"{rows} rows, {size} to {channels}",
+        lambda: linear(x, values, scale=scale, out=out),
         device,
-        num_bytes=narrow.nbytes + scale.nbytes + x.nbytes + rows * n * x.element_size(),
-        flops=2 * rows * n * k,
-        compared={"cuBLAS, bfloat16": lambda: linear(x, plain)},
+        num_bytes=values.nbytes + scale.nbytes + x.nbytes + out.nbytes,
+        flops=2 * rows * size * channels,
+        compared={"torch.matmul": lambda: torch.matmul(x, plain.T)},
     )

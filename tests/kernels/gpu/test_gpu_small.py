@@ -82,7 +82,7 @@ def test_norms(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 5), (7, 1024), (33, 1025), (3, 5000)])
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 5), (3, 1024), (5, 1025), (1, 5000)])
 def test_most_probable(rows: int, vocab: int, dtype: torch.dtype) -> None:
     """Ids and values are exact, also among ties; the log-probability sums `vocab` exponentials in float32."""
     seeded = Seeded(vocab)

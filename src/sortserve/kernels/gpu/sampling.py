@@ -57,7 +57,9 @@ def merge_kernel(
     peak = tl.max(heads, 0)
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     sums = tl.load(sum_ptr + cells, mask=ok, other=0.0)
-    tl.store(logprob_ptr + row, peak - safe - tl.log(tl.sum(sums * tl.exp(heads - safe), 0)))
+    total = tl.sum(sums * tl.exp(heads - safe), 0)
+    total = tl.where(peak == float("-inf"), 1.0, total)  # a row without any number: log-probability -inf
+    tl.store(logprob_ptr + row, peak - safe - tl.log(total))
     taken = tl.zeros((BLOCKS,), tl.int32)
     for place in range(K):
         top = tl.max(heads, 0)
