@@ -69,7 +69,7 @@ def _activate(gate, up, GELU: tl.constexpr):
 def _gate_up_tile(
     x_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, widths_ptr, inner_ptr,
     row_tile, col_tile, num_rows, hidden, width,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, COVER: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, COVER: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """inner[rows, neurons] of one tile, zero where a row is not wide enough."""
@@ -93,12 +93,8 @@ def _gate_up_tile(
                 w_ok = k_ok[:, None] & col_ok[None, :]
                 g = tl.load(gate_ptr + weight_rows + ks[:, None], mask=w_ok, other=0.0).to(x.dtype)
                 u = tl.load(up_ptr + weight_rows + ks[:, None], mask=w_ok, other=0.0).to(x.dtype)
-                if EXACT:
-                    gate = tl.dot(x, g, gate, input_precision="ieee")
-                    up = tl.dot(x, u, up, input_precision="ieee")
-                else:
-                    gate = tl.dot(x, g, gate)
-                    up = tl.dot(x, u, up)
+                gate = tl.dot(x, g, gate, input_precision="ieee")
+                up = tl.dot(x, u, up, input_precision="ieee")
             if HAS_SCALE:
                 gate *= tl.load(gate_scale_ptr + cols, mask=col_ok, other=0.0)[None, :]
                 up *= tl.load(up_scale_ptr + cols, mask=col_ok, other=0.0)[None, :]
@@ -115,7 +111,7 @@ def _gate_up_tile(
 def gate_up_kernel(
     x_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, widths_ptr, inner_ptr,
     num_rows, hidden, width, row_tiles, col_tiles,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, EXACT: tl.constexpr, COVER: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, COVER: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """All tiles, in groups of row tiles; as many programs as tiles for few rows, a fixed number for many."""
@@ -126,7 +122,7 @@ def gate_up_kernel(
         _gate_up_tile(
             x_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, widths_ptr, inner_ptr,
             first + place % in_group, place // in_group, num_rows, hidden, width,
-            HAS_SCALE, HAS_BIAS, GELU, EXACT, COVER, BLOCK_R, BLOCK_N, BLOCK_K,
+            HAS_SCALE, HAS_BIAS, GELU, COVER, BLOCK_R, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -193,7 +189,7 @@ def staircase_ffn(
         x, weights.gate, weights.up, weights.gate_scale, weights.up_scale, weights.gate_bias, weights.up_bias,
         widths, inner, rows, hidden, width, row_tiles, col_tiles,
         weights.gate_scale is not None, weights.gate_bias is not None, activation == "gelu_tanh",
-        x.dtype == torch.float32, COVER, GROUP_ROWS, tiles.rows, tiles.out, tiles.inner,
+        COVER, GROUP_ROWS, tiles.rows, tiles.out, tiles.inner,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     parts = None if scratch is None else scratch.parts

@@ -54,14 +54,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x and residual [rows, size] -> (norm of their sum, the sum), both in x's dtype. Raises ValueError."""
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """x and residual [rows, size] -> (norm of their sum, the sum), both in x's dtype; the norm is of the sum as it is kept,
+    rounded. Either of `out` may be x or residual, but not both the same. Raises ValueError."""
     expect("x", x, (x.shape[0], x.shape[1]), x)
     expect("residual", residual, tuple(x.shape), x)
     expect("weight", weight, (x.shape[1],), x)
-    out, total = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, weight, eps, residual, None, out, total)
-    return out, total
+    normed, total = (output("out", one, tuple(x.shape), x) for one in out or (None, None))
+    _launch(x, weight, eps, residual, None, normed, total)
+    return normed, total
 
 
 def gather_norm(hidden: Tensor, index: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -70,6 +73,8 @@ def gather_norm(hidden: Tensor, index: Tensor, weight: Tensor, eps: float, out: 
     size = hidden.shape[1]
     expect("hidden", hidden, (hidden.shape[0], size), hidden)
     expect("index", index, (index.shape[0],), hidden)
+    if index.dtype != torch.int64:
+        raise ValueError(f"index is {index.dtype}, expected int64")
     expect("weight", weight, (size,), hidden)
     out = output("out", out, (index.shape[0], size), hidden)
     _launch(hidden, weight, eps, None, index, out, out)

@@ -133,7 +133,7 @@ def _finish(
 def product_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, limits_ptr, out_ptr, num_rows, n, k, splits,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_LIMITS: tl.constexpr,
-    SPLIT: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_R, BLOCK_N] over one part of the reduction."""
     row_tile, part = tl.program_id(1), tl.program_id(2)
@@ -153,10 +153,7 @@ def product_kernel(
         k_ok = ks < k
         x = tl.load(x_rows + ks[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
         w = tl.load(w_rows + ks[:, None], mask=k_ok[:, None] & col_ok[None, :], other=0.0)
-        if EXACT:  # noqa: SIM108 - a branch at compile time
-            acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(x, w.to(x.dtype), acc)
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
     ok = row_ok[:, None] & col_ok[None, :]
     places = rows.to(tl.int64)[:, None] * n + cols[None, :]
     if SPLIT:
@@ -188,7 +185,7 @@ def add_parts_kernel(
     acc = tl.zeros((1, BLOCK), tl.float32)
     places = row.to(tl.int64) * n + cols[None, :]
     for part in range(used):
-        acc += tl.load(parts_ptr + part.to(tl.int64) * num_rows * n + places, mask=ok[None, :], other=0.0)
+        acc += tl.load(parts_ptr + part * num_rows * n + places, mask=ok[None, :], other=0.0)
     row_limits = row + tl.zeros((1,), tl.int32)
     if HAS_LIMITS:
         row_limits = tl.load(limits_ptr + row_limits)
@@ -244,7 +241,7 @@ def product(
     has = (scale is not None, bias is not None, residual is not None, limits is not None)
     product_kernel[(triton.cdiv(n, tiles.out), triton.cdiv(rows, tiles.rows), splits)](
         x, weight, *after, target, rows, n, k, splits,
-        *has, splits > 1, x.dtype == torch.float32, tiles.rows, tiles.out, tiles.inner,
+        *has, splits > 1, tiles.rows, tiles.out, tiles.inner,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:

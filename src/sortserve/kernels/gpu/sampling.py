@@ -1,10 +1,14 @@
 """The most probable tokens of a row without a softmax in memory.
 
-Pass 1, one program per row and block of the vocabulary: the block's largest logits, their places, and the block's
-(maximum, sum of exponentials). Pass 2 merges the blocks' few survivors. Logits are read once and nothing of the
-vocabulary's size is written. Ties go to the lower id, as torch.argmax on the CPU.
+Pass 1, one program per row and block of the vocabulary: the block's largest logits, largest first, their places, and the
+block's maximum and sum of exponentials. Pass 2, one program per row, merges the blocks: each step takes the best of the
+blocks' heads and moves that block to its next. Logits are read once and nothing of the vocabulary's size is written.
 
-Bytes: rows * vocab * 4. FLOPs: an exponential a logit.
+    argmax_i l_i,  log p_i = l_i - max_j l_j - log sum_j exp(l_j - max_j l_j)
+
+Ties go to the lower id, as torch.argmax on the CPU. NaN counts as -inf, so that an id is always one of the vocabulary.
+
+Bytes: rows * vocab * itemsize. FLOPs: an exponential a logit. Two launches.
 """
 
 import torch
@@ -19,64 +23,95 @@ MOST_K = 64
 
 
 @triton.jit
-def block_top_kernel(logits_ptr, value_ptr, id_ptr, stats_ptr, vocab, blocks, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The K largest of one block, largest first, and (maximum, sum of exp(logit - maximum))."""
+def block_top_kernel(logits_ptr, value_ptr, id_ptr, sum_ptr, vocab, blocks, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The K largest of one block, largest first (-inf and the id `vocab` where it has fewer), and sum exp(l - maximum)."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row * vocab + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    left = ids < vocab
+    logits = tl.load(logits_ptr + row * vocab + ids, mask=left, other=float("-inf")).to(tl.float32)
+    logits = tl.where(logits == logits, logits, float("-inf"))
     cell = row * blocks + block
     peak = tl.max(logits, 0)
     safe = tl.where(peak == float("-inf"), 0.0, peak)
-    tl.store(stats_ptr + 2 * cell, peak)
-    tl.store(stats_ptr + 2 * cell + 1, tl.sum(tl.exp(logits - safe), 0))
-    left = ids < vocab
+    tl.store(sum_ptr + cell, tl.sum(tl.exp(logits - safe), 0))
     for place in range(K):
-        rest = tl.where(left, logits, float("-inf"))
-        top = tl.max(rest, 0)
-        winner = tl.min(tl.where(left & (rest == top), ids, vocab), 0)
+        top = tl.max(tl.where(left, logits, float("-inf")), 0)
+        winner = tl.min(tl.where(left & (logits == top), ids, vocab), 0)
         tl.store(value_ptr + cell * K + place, top)
         tl.store(id_ptr + cell * K + place, winner)
         left = left & (ids != winner)
 
 
-def _survivors(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+@triton.jit
+def merge_kernel(
+    value_ptr, id_ptr, sum_ptr, out_value_ptr, out_id_ptr, logprob_ptr, vocab, blocks,
+    K: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The K largest of all blocks, largest first, and the log-probability of the first."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    ok = block < blocks
+    cells = row * blocks + block
+    heads = tl.load(value_ptr + cells * K, mask=ok, other=float("-inf"))
+    ids = tl.load(id_ptr + cells * K, mask=ok, other=vocab)
+    peak = tl.max(heads, 0)
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    sums = tl.load(sum_ptr + cells, mask=ok, other=0.0)
+    total = tl.sum(sums * tl.exp(heads - safe), 0)
+    total = tl.where(peak == float("-inf"), 1.0, total)  # a row without any number: log-probability -inf
+    tl.store(logprob_ptr + row, peak - safe - tl.log(total))
+    taken = tl.zeros((BLOCKS,), tl.int32)
+    for place in range(K):
+        top = tl.max(heads, 0)
+        winner = tl.min(tl.where(heads == top, ids, vocab), 0)
+        tl.store(out_value_ptr + row * K + place, top)
+        tl.store(out_id_ptr + row * K + place, winner.to(tl.int64))
+        won = ok & (ids == winner)
+        taken += won.to(tl.int32)
+        more = won & (taken < K)
+        heads = tl.where(won, tl.load(value_ptr + cells * K + taken, mask=more, other=float("-inf")), heads)
+        ids = tl.where(won, tl.load(id_ptr + cells * K + taken, mask=more, other=vocab), ids)
+
+
+def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values [rows, k], ids [rows, k], log-probability of the first [rows])."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected [rows, vocab]")
     rows, vocab = logits.shape
     expect("logits", logits, (rows, vocab), logits)
+    if not 1 <= k <= min(MOST_K, vocab):
+        raise ValueError(f"k is {k}, expected 1 to {min(MOST_K, vocab)}")
     blocks = triton.cdiv(vocab, BLOCK)
-    values = logits.new_empty((rows, blocks * k), dtype=torch.float32)
-    ids = torch.empty((rows, blocks * k), dtype=torch.int32, device=logits.device)
-    stats = logits.new_empty((rows, blocks, 2), dtype=torch.float32)
+    made = [
+        logits.new_empty(shape, dtype=torch.float32)
+        for shape in ((rows, blocks, k), (rows, blocks), (rows, k), (rows,))
+    ]
+    block_values, sums, values, logprobs = made
+    block_ids = logits.new_empty((rows, blocks, k), dtype=torch.int32)
+    ids = logits.new_empty((rows, k), dtype=torch.int64)
     if rows:
-        block_top_kernel[(rows, blocks)](logits, values, ids, stats, vocab, blocks, k, BLOCK, num_warps=4)
-    return values, ids, stats
-
-
-def log_sum(stats: Tensor) -> Tensor:
-    """log of the sum of exponentials of each row, from the blocks' (maximum, sum), [rows]."""
-    return (stats[..., 0] + stats[..., 1].log()).logsumexp(-1)
+        block_top_kernel[(rows, blocks)](logits, block_values, block_ids, sums, vocab, blocks, k, BLOCK, num_warps=4)
+        wide = triton.next_power_of_2(blocks)
+        merge_kernel[(rows,)](
+            block_values, block_ids, sums, values, ids, logprobs, vocab, blocks, k, wide, num_warps=4 if wide > 64 else 1
+        )  # fmt: skip
+    return values, ids, logprobs
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits [rows, vocab] -> (ids int64 [rows], their log-probabilities float32 [rows]). Raises ValueError."""
-    values, ids, stats = _survivors(logits, 1)
-    best = values.max(-1, keepdim=True)
-    # the first block that has the maximum: its id is the lowest
-    place = (values == best.values).to(torch.int32).argmax(-1, keepdim=True)
-    return ids.gather(1, place)[:, 0].long(), best.values[:, 0] - log_sum(stats)
+    _, ids, logprobs = _top(logits, 1)
+    return ids[:, 0], logprobs
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits of each row, largest first: values float32 and ids int64, [rows, k]. Raises ValueError."""
-    if not 1 <= k <= min(MOST_K, logits.shape[1]):
-        raise ValueError(f"k is {k}, expected 1 to {min(MOST_K, logits.shape[1])}")
-    values, ids, _ = _survivors(logits, min(k, BLOCK))
-    # ids ascend from block to block, and a stable sort keeps that order among ties
-    found = torch.sort(values, dim=-1, descending=True, stable=True)
-    return found.values[:, :k], ids.gather(1, found.indices[:, :k]).long()
+    """The k largest logits of each row, largest first: (values float32, ids int64), both [rows, k]. Raises ValueError."""
+    values, ids, _ = _top(logits, k)
+    return values, ids
 
 
-def reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`argmax` in float64."""
-    wide = logits.double().log_softmax(-1)
-    ids = wide.argmax(-1)
-    return ids, wide.gather(1, ids[:, None])[:, 0]
+def reference(logits: Tensor, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, ids and the log-probability of the first, in float64; ties go to the lower id."""
+    wide = logits.double()
+    order = wide.sort(dim=-1, descending=True, stable=True)
+    return order.values[:, :k], order.indices[:, :k], wide.log_softmax(-1).amax(-1)
