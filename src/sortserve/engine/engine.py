@@ -16,7 +16,7 @@ import torch
 from sortserve.engine import container
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
-from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.config import DTYPE_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
@@ -38,6 +38,7 @@ from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.runner import SimulatedRunner
 from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
+from sortserve.kernels.linear_int8 import is_exact
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,9 @@ class Engine:
         began = time.monotonic()
         model_config = load_model_config(config.model_folder)
         config, dtype = _resolve(config, model_config)
-        shape = replace(model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype])
+        shape = replace(
+            model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype], weight_bytes=WEIGHT_BYTES[config.weights]
+        )
         path = config.ladder_path or config.model_folder / LADDER_FILE
         has_ladder = config.ladder_path is not None or path.exists()
         ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
@@ -81,7 +84,15 @@ class Engine:
             source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
                 model_config
             )
-            weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+            weights = load_weights(
+                source,
+                model_config,
+                ladder,
+                dtype,
+                sort_ffn=not has_ladder,
+                int8=config.weights == "int8",
+                progress=progress,
+            )
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
         grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
@@ -122,6 +133,7 @@ class Engine:
             block_tokens=geometry.block_tokens,
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
+            weights=config.dtype if config.weights == "auto" else config.weights,
         )
         engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
         if simulated is not None:
@@ -207,6 +219,7 @@ class Engine:
             "config": repr(self.model_config),
             "ladder": repr(self.info.ladder.entries),
             "dtype": config.dtype,
+            "weights": config.weights,
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
             "torch": str(torch.__version__),
@@ -230,8 +243,22 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
     if name == "auto":
         fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "bfloat16" if model.dtype != "float32" and fast else "float32"
+    _check_weights(config)
     resolved = replace(config, device="cpu", dtype=name, served_name=config.model_name, num_threads=num_threads)
     return resolved, getattr(torch, name)
+
+
+def _check_weights(config: EngineConfig) -> None:
+    """Raise StartupError for a format of weights that this processor does not multiply."""
+    if config.simulates is not None:
+        return
+    if config.weights == "fp8":
+        raise StartupError("fp8 weights need a CUDA GPU; use --weights int8 on the CPU", param="weights")
+    if config.weights == "int8" and not is_exact():
+        raise StartupError(
+            "int8 weights need a processor with VNNI (AVX512-VNNI or AVX-VNNI); start without --weights int8",
+            param="weights",
+        )
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
@@ -310,12 +337,13 @@ def _head_words(weights: ModelWeights | None) -> str:
 def _log_start(engine: Engine, weights: ModelWeights | None, has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
-        "loaded %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
+        "loaded %s in %.1f s: %d sub-models, exits %s, %s; %s weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
         info.model,
         info.load_seconds,
         len(info.ladder.entries),
         "/".join(map(str, info.ladder.exits)),
         engine.config.dtype,
+        info.weights,
         info.weight_bytes / mib,
         _head_words(weights),
         info.kv_bytes / mib,

@@ -107,7 +107,11 @@ def model_routes(state: ServerState) -> APIRouter:
     @router.get("/v1/submodels")
     async def submodels() -> SubmodelList:
         state.require_ready()
-        return SubmodelList(data=await _submodels(state), step_predictions=await _step_predictions(state))
+        return SubmodelList(
+            data=await _submodels(state),
+            weights=state.backend.info.weights,
+            step_predictions=await _step_predictions(state),
+        )
 
     @router.post("/tokenize", responses=answered(400, 408, 413, 429))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
