@@ -6,7 +6,7 @@ interpreter: then `small(device)` is true, shapes are tiny, and the times mean n
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -126,7 +126,7 @@ def result(
     *,
     num_bytes: int,
     flops: int,
-    compared: dict[str, Callable[[], object]] | None = None,
+    compared: Mapping[str, Callable[[], object]] | None = None,
     graph: bool = True,
 ) -> Result:
     """Measure `call` and what it is compared with, all alike: as graphs (unless `graph` is False), with a cold cache."""

@@ -67,7 +67,8 @@ class Oracle:
 
         shape, source = bench.setup.shape, DeviceDummy(bench.config, bench.device)
         self._shape = shape
-        config = transformers.LlamaConfig(
+        library: Any = transformers  # its types do not know all that its models take
+        config = library.LlamaConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             intermediate_size=shape.ffn_width,
@@ -81,7 +82,7 @@ class Oracle:
             tie_word_embeddings=False,
             attn_implementation="eager",
         )
-        model = transformers.LlamaForCausalLM(config).to(bench.device)
+        model = library.LlamaForCausalLM(config).to(bench.device)
         names = [name for name, _ in model.named_parameters()]
         # rounded to the model's dtype first, so that both have the same weights
         model.load_state_dict({name: source.read(name, bench.dtype).float() for name in names})

@@ -42,11 +42,18 @@ TOLERANCE = 1e-4
 
 
 class Oracle:
-    """A Llama-family decoder in float64, from the checkpoint's tensors."""
+    """A Llama-family decoder in float64, from the checkpoint's tensors; `int8`: from what is left of its matrices, the
+    embedding left out, as multiples of a 127th of each row's largest value."""
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, int8: bool = False) -> None:
         self.config = config
-        self.tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+        tensors = load_file(folder / "model.safetensors")
+        if int8:
+            for name, tensor in tensors.items():
+                if tensor.dim() == 2 and "embed" not in name:
+                    step = tensor.abs().max(1, keepdim=True).values / 127
+                    tensors[name] = (tensor / step).round() * step
+        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         scale = (x.square().mean(-1, keepdim=True) + self.config.rms_eps).rsqrt()
@@ -113,6 +120,7 @@ class Harness:
     ended: Counter[str] = field(default_factory=Counter)
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
+    int8: bool = False  # weights of the engine and of the oracle
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
     block_tokens: int = BLOCK_TOKENS
 
@@ -134,7 +142,7 @@ class Harness:
             ask_every=1,
         )
         self.policy.requests = self.scheduler.requests
-        self.oracle = Oracle(self.folder, self.config)
+        self.oracle = Oracle(self.folder, self.config, self.int8)
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
@@ -144,7 +152,7 @@ class Harness:
     def make_runner(self) -> StepRunner:
         """The CPU's runner, which tells `note_sampled` before it samples."""
         source = Checkpoint.open(self.folder, self.config)
-        weights = load_weights(source, self.config, self.ladder, torch.float32)
+        weights = load_weights(source, self.config, self.ladder, torch.float32, int8=self.int8)
         runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
         sample = runner._sample
 

@@ -15,7 +15,7 @@ import torch
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
-from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.config import DTYPE_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import NotFoundError, StartupError
@@ -39,6 +39,7 @@ from sortserve.engine.sizing import default_kv_bytes, most_threads, size_kv
 from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 from sortserve.kernels.dispatch import Dispatch, choose
+from sortserve.kernels.linear_int8 import is_exact
 
 if TYPE_CHECKING:
     from sortserve.engine.cuda.start import CudaStart
@@ -72,7 +73,9 @@ class Engine:
         began = time.monotonic()
         model_config = load_model_config(config.model_folder)
         config, dtype, dispatch = _resolve(config, model_config)
-        shape = replace(model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype])
+        shape = replace(
+            model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype], weight_bytes=WEIGHT_BYTES[config.weights]
+        )
         path = config.ladder_path or config.model_folder / LADDER_FILE
         has_ladder = config.ladder_path is not None or path.exists()
         ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
@@ -87,7 +90,15 @@ class Engine:
                 model_config
             )
             if cuda is None:
-                weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+                weights = load_weights(
+                    source,
+                    model_config,
+                    ladder,
+                    dtype,
+                    sort_ffn=not has_ladder,
+                    int8=config.weights == "int8",
+                    progress=progress,
+                )
             else:
                 weights = cuda.load(source, sort_ffn=not has_ladder, progress=progress)
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
@@ -136,6 +147,7 @@ class Engine:
             device="" if simulated is not None else dispatch.device,
             device_name=dispatch.name,
             kernels="" if simulated is not None else dispatch.kernels,
+            weights=config.dtype if config.weights == "auto" else config.weights,
         )
         engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
         if simulated is not None:
@@ -232,6 +244,7 @@ class Engine:
             "ladder": repr(self.info.ladder.entries),
             "dtype": config.dtype,
             "device": f"{self.info.device} {self.info.device_name} {self.info.kernels} eager={config.enforce_eager}",
+            "weights": config.weights,
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
             "torch": str(torch.__version__),
@@ -260,6 +273,8 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
     if name == "auto":
         fast = dispatch.is_cuda or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "bfloat16" if model.dtype != "float32" and fast else "float32"
+    if not dispatch.is_cuda:
+        _check_weights(config)
     resolved = replace(
         config, device=dispatch.device, dtype=name, served_name=config.model_name, num_threads=num_threads
     )
@@ -273,6 +288,19 @@ def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "Cuda
     start = CudaStart(config, model, torch.device(config.device), dtype)
     start.check()
     return start
+
+
+def _check_weights(config: EngineConfig) -> None:
+    """Raise StartupError for a format of weights that this processor does not multiply."""
+    if config.simulates is not None:
+        return
+    if config.weights == "fp8":
+        raise StartupError("fp8 weights need a CUDA GPU; use --weights int8 on the CPU", param="weights")
+    if config.weights == "int8" and not is_exact():
+        raise StartupError(
+            "int8 weights need a processor with VNNI (AVX512-VNNI or AVX-VNNI); start without --weights int8",
+            param="weights",
+        )
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
@@ -312,13 +340,14 @@ def _head_words(weights: "ModelWeights | DeviceWeights | None") -> str:
 def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
-        "loaded %s on %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
+        "loaded %s on %s in %.1f s: %d sub-models, exits %s, %s; %s weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
         info.model,
         " ".join(word for word in (info.device or "no device", info.device_name, f"({info.kernels})") if word != "()"),
         info.load_seconds,
         len(info.ladder.entries),
         "/".join(map(str, info.ladder.exits)),
         engine.config.dtype,
+        info.weights,
         info.weight_bytes / mib,
         _head_words(weights),
         info.kv_bytes / mib,

@@ -185,6 +185,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument(
+        "--weights",
+        default="auto",
+        choices=("auto", "int8", "fp8"),
+        help="how weights are kept: auto as --dtype says, int8 at half the bytes, fp8 on a GPU; default: auto",
+    )
+    parser.add_argument(
         "--threads",
         type=positive,
         help="CPU threads; default: what PyTorch takes or the container has, 1 for small models",

@@ -112,6 +112,7 @@ def model_routes(state: ServerState) -> APIRouter:
         return SubmodelList(
             data=await _submodels(state),
             compute=Compute(device=info.device, name=info.device_name, kernels=info.kernels),
+            weights=info.weights,
             step_predictions=await _step_predictions(state),
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -15,6 +15,7 @@ from sortserve.engine.grammar import Grammars
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import Progress
+from sortserve.kernels.quantization import QuantKind
 
 T = TypeVar("T")
 
@@ -61,6 +62,11 @@ class CudaStart:
             )
         return int(left * KV_SHARE)
 
+    def _kind(self) -> QuantKind | None:
+        if self.config.weights == "fp8" and torch.cuda.get_device_capability(self.device) < (8, 9):
+            raise StartupError("fp8 weights need compute capability 8.9 or newer; use --weights int8", param="weights")
+        return None if self.config.weights == "auto" else cast(QuantKind, self.config.weights)
+
     def _working_bytes(self) -> int:
         shape, config = self.model.shape, self.config
         each_row = 4 * shape.ffn_width + 8 * shape.hidden_size + 4 * shape.num_heads * shape.head_dim
@@ -72,7 +78,7 @@ class CudaStart:
         return self._guarded(
             "the weights",
             lambda: load_device_weights(
-                source, self.model, self.device, self.dtype, sort_ffn=sort_ffn, progress=progress
+                source, self.model, self.device, self.dtype, sort_ffn=sort_ffn, kind=self._kind(), progress=progress
             ),
         )
 

@@ -12,6 +12,7 @@ from sortserve.engine.checkpoint import LayerNames, WeightSource
 from sortserve.engine.config import ModelConfig
 from sortserve.engine.weights import Progress, importance_order
 from sortserve.kernels.gpu.ffn import GatedWeights
+from sortserve.kernels.quantization import QuantKind, quantize
 from sortserve.kernels.rope import pair_rows
 
 
@@ -61,8 +62,11 @@ class DeviceWeights:
 class DeviceLoader:
     """Reads a source's tensors onto a device and counts their bytes."""
 
-    def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: WeightSource, device: torch.device, dtype: torch.dtype, kind: QuantKind | None = None
+    ) -> None:
         self.nbytes = 0
+        self._kind = kind
         self._source = source
         self._device = device
         self._dtype = dtype
@@ -72,6 +76,20 @@ class DeviceLoader:
         tensor = self._source.read(name, self._dtype).to(self._device)
         self.nbytes += tensor.nbytes
         return tensor if head_dim is None else pair_rows(tensor, head_dim)
+
+    def matrix(self, *names: str, head_dim: int | None = None, bias: Tensor | None = None) -> Matrix:
+        """These weights, one below the other; the first two in rotary pairs if `head_dim` is given. Quantized whole if that
+        is asked for, so that every width of the ladder has the same values and scales."""
+        tensors = [self.read(name, head_dim=head_dim if number < 2 else None) for number, name in enumerate(names)]
+        return self.packed(torch.cat(tensors) if len(tensors) > 1 else tensors[0], bias)
+
+    def packed(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+        """A weight that was read, in the format that is asked for; its bytes are counted anew."""
+        if self._kind is None:
+            return Matrix(weight, bias)
+        values, scale = quantize(weight, self._kind)
+        self.nbytes += values.nbytes + scale.nbytes - weight.nbytes
+        return Matrix(values, bias, scale)
 
     def maybe(self, name: str | None, *, head_dim: int | None = None) -> Tensor | None:
         """`read`, or None where the model has no such tensor."""
@@ -85,12 +103,17 @@ def load_device_weights(
     dtype: torch.dtype,
     *,
     sort_ffn: bool = False,
+    kind: QuantKind | None = None,
     progress: Progress | None = None,
 ) -> DeviceWeights:
-    """Read every tensor once. `sort_ffn` as for the CPU: neurons by importance, for a checkpoint without a ladder."""
-    loader, names = DeviceLoader(source, device, dtype), source.names
+    """Read every tensor once. `sort_ffn` as for the CPU: neurons by importance, for a checkpoint without a ladder.
+
+    `kind`: matrices are kept as int8 or fp8 with a scale per output channel. The embedding stays; a tied head is quantized
+    beside it, which pays: the head is read at every step.
+    """
+    loader, names = DeviceLoader(source, device, dtype, kind), source.names
     embedding = loader.read(names.embed)
-    head = Matrix(embedding if config.tie_embeddings else loader.read(names.lm_head))
+    head = Matrix(embedding) if config.tie_embeddings and kind is None else loader.matrix(names.lm_head)
     layers = []
     for number, layer_names in enumerate(names.layers):
         layers.append(_load_layer(loader, layer_names, config.shape.head_dim, sort_ffn))
@@ -107,11 +130,10 @@ def _load_layer(loader: DeviceLoader, names: LayerNames, head_dim: int, sort_ffn
         loader.maybe(names.v_bias),
     ]
     present = [bias for bias in biases if bias is not None]
-    query, key = loader.read(names.q, head_dim=head_dim), loader.read(names.k, head_dim=head_dim)
     return DeviceLayer(
         input_norm=loader.read(names.input_norm),
-        qkv=Matrix(torch.cat([query, key, loader.read(names.v)]), torch.cat(present) if present else None),
-        output=Matrix(loader.read(names.o), loader.maybe(names.o_bias)),
+        qkv=loader.matrix(names.q, names.k, names.v, head_dim=head_dim, bias=torch.cat(present) if present else None),
+        output=loader.matrix(names.o, bias=loader.maybe(names.o_bias)),
         post_norm=loader.read(names.post_norm),
         ffn=_load_ffn(loader, names, sort_ffn),
         query_norm=loader.maybe(names.q_norm, head_dim=head_dim),
@@ -127,4 +149,15 @@ def _load_ffn(loader: DeviceLoader, names: LayerNames, sort_ffn: bool) -> GatedW
         gate, up, down = gate[order], up[order], down[:, order].contiguous()
         gate_bias = None if gate_bias is None else gate_bias[order]
         up_bias = None if up_bias is None else up_bias[order]
-    return GatedWeights(gate, up, down, gate_bias=gate_bias, up_bias=up_bias, down_bias=loader.maybe(names.down_bias))
+    gates, ups, downs = (loader.packed(weight) for weight in (gate, up, down))
+    return GatedWeights(
+        gates.weight,
+        ups.weight,
+        downs.weight,
+        gates.scale,
+        ups.scale,
+        downs.scale,
+        gate_bias=gate_bias,
+        up_bias=up_bias,
+        down_bias=loader.maybe(names.down_bias),
+    )
