@@ -46,13 +46,15 @@ def _measure(device: torch.device, weights: GatedWeights, widths: list[int], tol
         return staircase_ffn(x, weights, on_device, residual, scratch=scratch, out=out)
 
     moved = 3 * hidden * widest * weights.gate.itemsize + 3 * x.nbytes + 2 * sum(widths) * x.itemsize
-    compared = {"torch.matmul": _in_torch(x, residual, weights, widest)} if min(widths) == widest else {}
+    compared: dict[str, Callable[[], object]] = (
+        {"torch.matmul": _in_torch(x, residual, weights, widest)} if min(widths) == widest else {}
+    )
     shape = f"{rows} rows, {hidden} x {weights.gate.shape[0]}, {told}"
     flops = 6 * hidden * sum(widths)
     return result("ffn", shape, ours, device, num_bytes=moved, flops=flops, compared=compared)
 
 
-def _in_torch(x: Tensor, residual: Tensor, weights: GatedWeights, width: int) -> Callable[[], Tensor]:
+def _in_torch(x: Tensor, residual: Tensor, weights: GatedWeights, width: int) -> Callable[[], object]:
     """Gate and up as one product, as engines with one fixed model have it."""
     gate_up = torch.cat([weights.gate[:width], weights.up[:width]])
     down = weights.down[:, :width].contiguous()

@@ -127,7 +127,7 @@ def test_a_split_reduction(rows: int) -> None:
 def test_a_row_does_not_see_its_batch_mates() -> None:
     case = Case(7, torch.float32, hidden=40, width=1100)
     before = case.run().clone()
-    case.x[1:] *= 100.0
+    case.x[1:] *= 2.0
     assert torch.equal(case.run()[0], before[0])
 
 
