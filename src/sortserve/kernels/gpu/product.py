@@ -326,7 +326,7 @@ def reference(
     """The formula in float64."""
     wide = x.double()
     if limits is not None:
-        wide = wide * (torch.arange(x.shape[1], device=x.device)[None] < limits[:, None])
+        wide = wide.masked_fill(torch.arange(x.shape[1], device=x.device)[None] >= limits[:, None], 0.0)
     y = wide @ weight.double().T
     if scale is not None:
         y = y * scale.double()
