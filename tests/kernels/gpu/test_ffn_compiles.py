@@ -18,7 +18,8 @@ from sortserve.kernels.gpu.norm import add_rms_norm, gather_norm, rms_norm
 from sortserve.kernels.gpu.sampling import argmax, top_k
 from tests.kernels.gpu.ahead_of_time import compiled
 
-products.processors_of = ffn.processors_of = lambda device: 132
+card = products.Card(132, 227 << 10)
+products.card_of = ffn.card_of = lambda device: card
 architecture, rows_list, formats = int(sys.argv[1]), *json.loads(sys.argv[2])
 kinds = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -44,6 +45,7 @@ print(json.dumps([[r.name, r.shared_bytes, r.stack_bytes, r.registers, "mma" in 
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 def test_for_hopper(tmp_path: Path) -> None:
     _compile(tmp_path, 90, [4], ["bf16", "int8"])
 

@@ -16,6 +16,8 @@ SIZE, EPS = 45, 1e-5
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows(rows: int, dtype: torch.dtype) -> None:
+    if rows == 129 and dtype == torch.float16:
+        pytest.skip("the interpreter takes five seconds for 129 rows: in one format")
     seeded = Seeded(rows)
     x, weight = (Guarded.of(seeded.normal(*shape, dtype=dtype)).tensor for shape in ((rows, SIZE), (SIZE,)))
     residual = Guarded.of(seeded.normal(rows, SIZE, dtype=dtype)).tensor

@@ -1,4 +1,4 @@
-"""Weight-only products, norms and the most probable tokens on the interpreter, against float64, between margins of NaN."""
+"""Plain products, norms and the most probable tokens on the interpreter, against float64, between margins of NaN."""
 
 from typing import Any
 
@@ -9,38 +9,11 @@ pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from sortserve.kernels.gpu import linear as linears
 from sortserve.kernels.gpu import norm, sampling
-from tests.kernels.closeness import ROWS, Seeded, tolerance, worst_row_error
+from tests.kernels.closeness import Seeded, tolerance, worst_row_error
 from tests.kernels.gpu.guarded import Guarded
 
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16")]
 EPS = 1e-5
-
-
-def narrow(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = weight.abs().amax(1) / (127 if kind == "int8" else 448)
-    values = weight / scale[:, None]
-    return (values.round().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)), scale
-
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_weight_only(kind: str, rows: int) -> None:
-    """The result is rounded once: weights are exact in float32, and the scale comes in after the sum."""
-    seeded = Seeded(rows)
-    size, channels = (1100, 70) if rows == 7 else (88, 70)  # 1100: split
-    values, scale = narrow(seeded.normal(channels, size), kind)
-    given = [seeded.normal(rows, size), values, seeded.normal(channels), scale, seeded.normal(rows, channels)]
-    guards = [Guarded.of(tensor) for tensor in given]
-    out = Guarded((rows, channels), torch.float32)
-    x, weight, bias, factors, residual = (guard.tensor for guard in guards)
-    made = linears.linear(x, weight, bias, factors, residual, out=out.tensor)
-    assert made is out.tensor
-    assert all(guard.untouched() for guard in (*guards, out))
-    allowed = tolerance(torch.float32, roundings=1, terms=size)
-    assert worst_row_error(made, linears.reference(x, weight, factors, bias, residual)) <= allowed
-    assert worst_row_error(made, linears.reference(x, weight, factors.roll(1), bias, residual)) > 4 * allowed
-    x[:, -1] = 0  # the last term of the reduction
-    assert worst_row_error(made, linears.reference(x, weight, factors, bias, residual)) > 4 * allowed
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -59,9 +32,8 @@ def test_plain_weights(bias: bool, residual: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ROWS)
-def test_norms(rows: int, dtype: torch.dtype) -> None:
-    seeded = Seeded(rows)
+def test_norms_between_margins(dtype: torch.dtype) -> None:
+    seeded = Seeded(rows := 7)
     size, picked = 72, seeded.ints(0, rows, 3)
     shapes = [(rows, size), (rows, size), (size,)]
     guards = [Guarded.of(seeded.normal(*shape, dtype=dtype)) for shape in shapes]

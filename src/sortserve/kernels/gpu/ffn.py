@@ -16,7 +16,7 @@ Bytes at width w: 3 * hidden * w of weights, once per tile of rows. FLOPs: 6 * r
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,11 @@ class GatedWeights:
 
 
 @triton.jit
-def _activate(gate, up, GELU: tl.constexpr):
+def _activate(
+    gate: "Any",
+    up: "Any",
+    GELU: tl.constexpr,
+) -> "Any":
     if GELU:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate * tl.sigmoid(2 * inner) * up  # 0.5 (1 + tanh z) = sigmoid(2 z)
@@ -67,11 +71,28 @@ def _activate(gate, up, GELU: tl.constexpr):
 
 @triton.jit
 def _gate_up_tile(
-    x_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, widths_ptr, inner_ptr,
-    row_tile, col_tile, num_rows, hidden, width,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, COVER: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr: "Any",
+    gate_ptr: "Any",
+    up_ptr: "Any",
+    gate_scale_ptr: "Any",
+    up_scale_ptr: "Any",
+    gate_bias_ptr: "Any",
+    up_bias_ptr: "Any",
+    widths_ptr: "Any",
+    inner_ptr: "Any",
+    row_tile: "Any",
+    col_tile: "Any",
+    num_rows: "Any",
+    hidden: "Any",
+    width: "Any",
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
     """inner[rows, neurons] of one tile, zero where a row is not wide enough."""
     rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < num_rows
@@ -109,11 +130,29 @@ def _gate_up_tile(
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, widths_ptr, inner_ptr,
-    num_rows, hidden, width, row_tiles, col_tiles,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr, COVER: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr: "Any",
+    gate_ptr: "Any",
+    up_ptr: "Any",
+    gate_scale_ptr: "Any",
+    up_scale_ptr: "Any",
+    gate_bias_ptr: "Any",
+    up_bias_ptr: "Any",
+    widths_ptr: "Any",
+    inner_ptr: "Any",
+    num_rows: "Any",
+    hidden: "Any",
+    width: "Any",
+    row_tiles: "Any",
+    col_tiles: "Any",
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    COVER: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
     """All tiles, in groups of row tiles; as many programs as tiles for few rows, a fixed number for many."""
     for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
         first = tile // (GROUP * col_tiles) * GROUP

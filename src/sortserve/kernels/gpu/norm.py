@@ -4,6 +4,8 @@
 normed and also kept. One program a row; statistics and products in float32. Bytes: each row read and written once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,18 @@ from sortserve.kernels.gpu.checks import expect, output
 
 @triton.jit
 def norm_kernel(
-    x_ptr, residual_ptr, index_ptr, weight_ptr, sum_ptr, out_ptr, size, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_INDEX: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr: "Any",
+    residual_ptr: "Any",
+    index_ptr: "Any",
+    weight_ptr: "Any",
+    sum_ptr: "Any",
+    out_ptr: "Any",
+    size: "Any",
+    eps: "Any",
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     source = row
     if HAS_INDEX:

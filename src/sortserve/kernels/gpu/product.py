@@ -17,6 +17,7 @@ Bytes: n * k of weights once per 16 to 128 rows, and rows * (k + n) of activatio
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -95,7 +96,14 @@ def plan(rows: int, x: Tensor, weight: Tensor) -> tuple[Tiles, int]:
 
 
 @triton.jit
-def _reach(limits_ptr, row_tile, num_rows, k, HAS_LIMITS: tl.constexpr, BLOCK_R: tl.constexpr):
+def _reach(
+    limits_ptr: "Any",
+    row_tile: "Any",
+    num_rows: "Any",
+    k: "Any",
+    HAS_LIMITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+) -> "Any":
     """How much of the reduction the widest row of a tile needs."""
     end = k
     if HAS_LIMITS:
@@ -105,16 +113,31 @@ def _reach(limits_ptr, row_tile, num_rows, k, HAS_LIMITS: tl.constexpr, BLOCK_R:
 
 
 @triton.jit
-def _per_part(end, splits, BLOCK_K: tl.constexpr):
+def _per_part(
+    end: "Any",
+    splits: "Any",
+    BLOCK_K: tl.constexpr,
+) -> "Any":
     """Size of one part of a reduction, whole steps."""
     return tl.cdiv(tl.cdiv(end, BLOCK_K), splits) * BLOCK_K
 
 
 @triton.jit
 def _finish(
-    acc, row_limits, scale_ptr, bias_ptr, residual_ptr, places, cols, ok, col_ok,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_LIMITS: tl.constexpr,
-):  # fmt: skip
+    acc: "Any",
+    row_limits: "Any",
+    scale_ptr: "Any",
+    bias_ptr: "Any",
+    residual_ptr: "Any",
+    places: "Any",
+    cols: "Any",
+    ok: "Any",
+    col_ok: "Any",
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
+) -> "Any":
     """(sum) * scale + bias + residual for [rows, n] places; a row of limit 0 has no product and so no bias."""
     if HAS_SCALE:
         acc *= tl.load(scale_ptr + cols, mask=col_ok, other=0.0)[None, :]
@@ -131,10 +154,26 @@ def _finish(
 
 @triton.jit
 def product_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, limits_ptr, out_ptr, num_rows, n, k, splits,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_LIMITS: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x_ptr: "Any",
+    w_ptr: "Any",
+    scale_ptr: "Any",
+    bias_ptr: "Any",
+    residual_ptr: "Any",
+    limits_ptr: "Any",
+    out_ptr: "Any",
+    num_rows: "Any",
+    n: "Any",
+    k: "Any",
+    splits: "Any",
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
     """One tile [BLOCK_R, BLOCK_N] over one part of the reduction."""
     row_tile, part = tl.program_id(1), tl.program_id(2)
     rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -172,10 +211,24 @@ def product_kernel(
 
 @triton.jit
 def add_parts_kernel(
-    parts_ptr, scale_ptr, bias_ptr, residual_ptr, limits_ptr, out_ptr, num_rows, n, k, splits,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_LIMITS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    parts_ptr: "Any",
+    scale_ptr: "Any",
+    bias_ptr: "Any",
+    residual_ptr: "Any",
+    limits_ptr: "Any",
+    out_ptr: "Any",
+    num_rows: "Any",
+    n: "Any",
+    k: "Any",
+    splits: "Any",
+    HAS_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """The sum of the parts that were stored of one piece of a row, in order, and what comes after it."""
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -273,7 +326,7 @@ def reference(
     """The formula in float64."""
     wide = x.double()
     if limits is not None:
-        wide = wide * (torch.arange(x.shape[1], device=x.device)[None] < limits[:, None])
+        wide = wide.masked_fill(torch.arange(x.shape[1], device=x.device)[None] >= limits[:, None], 0.0)
     y = wide @ weight.double().T
     if scale is not None:
         y = y * scale.double()

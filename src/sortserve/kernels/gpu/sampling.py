@@ -11,6 +11,8 @@ Ties go to the lower id, as torch.argmax on the CPU. NaN counts as -inf, so that
 Bytes: rows * vocab * itemsize. FLOPs: an exponential a logit. Two launches.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,16 @@ MOST_K = 64
 
 
 @triton.jit
-def block_top_kernel(logits_ptr, value_ptr, id_ptr, sum_ptr, vocab, blocks, K: tl.constexpr, BLOCK: tl.constexpr):
+def block_top_kernel(
+    logits_ptr: "Any",
+    value_ptr: "Any",
+    id_ptr: "Any",
+    sum_ptr: "Any",
+    vocab: "Any",
+    blocks: "Any",
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """The K largest of one block, largest first (-inf and the id `vocab` where it has fewer), and sum exp(l - maximum)."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
@@ -44,9 +55,17 @@ def block_top_kernel(logits_ptr, value_ptr, id_ptr, sum_ptr, vocab, blocks, K: t
 
 @triton.jit
 def merge_kernel(
-    value_ptr, id_ptr, sum_ptr, out_value_ptr, out_id_ptr, logprob_ptr, vocab, blocks,
-    K: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    value_ptr: "Any",
+    id_ptr: "Any",
+    sum_ptr: "Any",
+    out_value_ptr: "Any",
+    out_id_ptr: "Any",
+    logprob_ptr: "Any",
+    vocab: "Any",
+    blocks: "Any",
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
     """The K largest of all blocks, largest first, and the log-probability of the first."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCKS)
