@@ -110,8 +110,9 @@ class Int8Linear(Linear):
     def _product(self, x: Tensor | Planes) -> Tensor:
         """x [rows, in] -> float32 [rows, out]."""
         planes = x if isinstance(x, Planes) else split(x)
-        high, *lower = self._multiply(planes.data).split(planes.step.shape[0])
-        for plane in lower:
+        parts = self._multiply(planes.data).view(-1, planes.step.shape[0], self._scale.shape[0])
+        high = parts[0]
+        for plane in parts[1:]:
             high = plane.add_(high, alpha=256.0)
         out = high.mul_(planes.step)
         return out if self.bias is None else out.add_(self.bias)
