@@ -1,8 +1,8 @@
 """y = x W^T + b over int8 weights on the CPU, as exact as the bfloat16 call: activations are cut into planes of bytes.
 
 PyTorch's own weight-only call, `_weight_int8pack_mm`, is bound by computing: at 8 rows it takes twice as long as packed
-bfloat16 (and it crashed on a [33, 129] weight). oneDNN's int8 product is quick, but its activations are bytes too, and 8 bits
-are too few for them. Here each row gets 16 bits (24 of a float32 row) as two (three) rows of bytes, which costs no
+bfloat16 (and it crashed on a [33, 129] weight). oneDNN's int8 product is quick, but its activations are bytes too, and 8
+bits are too few for them. Here each row gets 16 bits (24 of a float32 row) as two (three) rows of bytes, which costs no
 further pass over the weights:
 
     step[r]  = max_i |x[r, i]| / 32637
