@@ -55,7 +55,7 @@ def test_measured_times_are_kept_apart(folder: Path, monkeypatch: pytest.MonkeyP
 
 @needs_int8
 def test_a_width_has_the_same_weights_wherever_blocks_end() -> None:
-    """Scales are those of the whole matrix; quantized block by block, `down` would differ by a percent."""
+    """Scales are those of the whole matrix; a matrix that is cut first has others."""
     generator = torch.Generator().manual_seed(0)
     gate, up, down = (torch.randn(*size, generator=generator) for size in ((64, 48), (64, 48), (48, 64)))
     down[:, 40] = 30.0  # what lies beyond the width sets the scale all the same

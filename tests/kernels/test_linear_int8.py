@@ -85,7 +85,7 @@ def zero_point(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bug", [one_scale, eight_bits, zero_point], ids=lambda bug: bug.__name__)
 def test_the_tolerance_finds(bug: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """In float32, where the forms are held to it; 8-bit activations are two hundred times over."""
+    """In float32, where the forms are held to it; 8-bit activations among them."""
     seeded = Seeded(6)
     x = seeded.normal(33, 300)
     values, scale = quantize(seeded.normal(64, 300, scale=300**-0.5), "int8")

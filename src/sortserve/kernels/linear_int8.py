@@ -1,8 +1,8 @@
 """y = x W^T + b over int8 weights on the CPU, as exact as the bfloat16 call: activations are cut into planes of bytes.
 
 PyTorch's own weight-only call, `_weight_int8pack_mm`, is bound by computing: at 8 rows it takes twice as long as packed
-bfloat16 (and it crashes for 129 inputs). oneDNN's int8 product is quick, but its activations are bytes too, and 8 bits
-are too few for them. Here each row gets 16 bits (24 of a float32 row) as two (three) rows of bytes, which costs no
+bfloat16 (and it crashed on a [33, 129] weight). oneDNN's int8 product is quick, but its activations are bytes too, and 8
+bits are too few for them. Here each row gets 16 bits (24 of a float32 row) as two (three) rows of bytes, which costs no
 further pass over the weights:
 
     step[r]  = max_i |x[r, i]| / 32637
@@ -110,8 +110,9 @@ class Int8Linear(Linear):
     def _product(self, x: Tensor | Planes) -> Tensor:
         """x [rows, in] -> float32 [rows, out]."""
         planes = x if isinstance(x, Planes) else split(x)
-        high, *lower = self._multiply(planes.data).split(planes.step.shape[0])
-        for plane in lower:
+        parts = self._multiply(planes.data).view(-1, planes.step.shape[0], self._scale.shape[0])
+        high = parts[0]
+        for plane in parts[1:]:
             high = plane.add_(high, alpha=256.0)
         out = high.mul_(planes.step)
         return out if self.bias is None else out.add_(self.bias)
