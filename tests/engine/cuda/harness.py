@@ -11,6 +11,7 @@ from sortserve.engine.cuda.forward import HeadOutput
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.weights import load_device_weights
 from sortserve.engine.plan import SequencePlan, SequenceResult
+from sortserve.kernels.quantization import QuantKind
 from tests.engine.asif import CONTEXT, Harness
 from tests.engine.tiny_models import make_tiny
 
@@ -33,7 +34,8 @@ class CudaHarness(Harness):
 
     def make_runner(self) -> CudaRunner:
         source = Checkpoint.open(self.folder, self.config)
-        weights = load_device_weights(source, self.config, torch.device("cpu"), torch.float32)
+        kind: QuantKind | None = "int8" if self.int8 else None
+        weights = load_device_weights(source, self.config, torch.device("cpu"), torch.float32, kind=kind)
         runner = CudaRunner(
             self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT, self.options
         )

@@ -27,18 +27,22 @@ def gather_norm(hidden: Tensor, index: Tensor, weight: Tensor, eps: float) -> Te
     return _norm(hidden[index], weight, eps)
 
 
+def _wide(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight.float() * scale[:, None]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    assert scale is None
-    return F.linear(x, weight, bias)
+    return F.linear(x, _wide(weight, scale), bias)
 
 
 def staircase_ffn(
     x: Tensor, weights: Any, widths: Tensor, residual: Tensor, *, activation: str, out: Tensor | None, **_: Any
 ) -> Tensor:
     assert activation == "silu"
-    inner = F.silu(F.linear(x, weights.gate, weights.gate_bias)) * F.linear(x, weights.up, weights.up_bias)
+    gate = linear(x, weights.gate, weights.gate_bias, weights.gate_scale)
+    inner = F.silu(gate) * linear(x, weights.up, weights.up_bias, weights.up_scale)
     inner = inner.masked_fill(torch.arange(inner.shape[1]) >= widths[:, None], 0.0)
-    added = F.linear(inner, weights.down, weights.down_bias)
+    added = linear(inner, weights.down, weights.down_bias, weights.down_scale)
     result = torch.where(widths[:, None] > 0, added + residual, residual)
     return result if out is None else out.copy_(result)
 

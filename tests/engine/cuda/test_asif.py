@@ -38,15 +38,20 @@ MUST_HAPPEN = (
 )
 
 
+SEEDS = range(6)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("cuda") / "model")
 
 
-def run_one(folder: Path, seed: int, options: CudaOptions, num_actions: int = 80) -> Counter[str]:
+def run_one(
+    folder: Path, seed: int, options: CudaOptions, num_actions: int = 80, *, int8: bool = False
+) -> Counter[str]:
     rng = random.Random(seed)
     harness = CudaHarness(
-        folder, num_pages=rng.choice([30, 80]), max_step_tokens=rng.choice([3, 7, 20]), options=options
+        folder, num_pages=rng.choice([30, 80]), max_step_tokens=rng.choice([3, 7, 20]), options=options, int8=int8
     )
     random_run(harness, rng, num_actions=num_actions)
     return harness.seen
@@ -57,7 +62,7 @@ def test_random_schedules_are_as_if(folder: Path, options: CudaOptions, monkeypa
     """Rows of padding come from whatever the buffers held; kernels' stand-ins give NaN for what nobody may read."""
     plain_kernels.put_in_place(monkeypatch, forward)
     seen: Counter[str] = Counter()
-    for seed in range(8):
+    for seed in SEEDS:
         seen.update(run_one(folder, seed, options))
     missing = [name for name in MUST_HAPPEN if seen[name] == 0]
     assert not missing, f"never happened: {missing}; {dict(seen)}"
@@ -66,8 +71,14 @@ def test_random_schedules_are_as_if(folder: Path, options: CudaOptions, monkeypa
 @pytest.mark.parametrize("options", [PADDED, EAGER], ids=["padded", "eager"])
 def test_the_triton_kernels_are_as_if(folder: Path, options: CudaOptions) -> None:
     """The same through the kernels themselves: what fits where they meet the runner."""
-    seen = run_one(folder, 3, options, num_actions=14)
+    seen = run_one(folder, 3, options, num_actions=6)
     assert seen["refill from a state"] + seen["refill from layer 0"] > 0, dict(seen)
+
+
+def test_int8_weights_are_as_if(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle computes with the weights that the int8 ones stand for."""
+    plain_kernels.put_in_place(monkeypatch, forward)
+    run_one(folder, 1, PADDED, num_actions=40, int8=True)
 
 
 # ---- planted bugs: each must be caught
