@@ -17,7 +17,7 @@ CODE := $(wildcard src tests benchmarks)
 SCRIPTS := .ci docker deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compat test-deploy check fuzz audit format bench slo soak clean
+.PHONY: help serve test test-compat test-deploy check fuzz audit format bench slo gpu soak clean
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-deploy   images, chart, alerts and rollouts with the real tools; as root, since it mounts and changes roots"
 	@echo "make check   ruff, formatting, mypy and pins"
 	@echo "make fuzz    five minutes of odd requests against a real server; FUZZ_SECONDS=n for another time"
+	@echo "make gpu     correctness and benchmarks on a CUDA GPU, in under nine minutes; ARGS='--dry-run' without one"
 	@echo "make soak    fifteen minutes of mixed traffic: memory must stay flat; ARGS='--seconds n' for another time"
 	@echo "make audit   look for known advisories of the pinned versions; needs the package index"
 	@echo "make format  let ruff rewrite what it can"
@@ -95,6 +96,11 @@ bench: $(DEV_ENV)/.installed
 
 slo: $(DEV_ENV)/.installed
 	@$(HUGE_PAGES) $(DEV_ENV)/bin/python -m benchmarks.slo $(ARGS)
+
+# Uses the environment as it is where GPU_PYTHON names one: torch with CUDA, triton, transformers, safetensors and numpy do.
+GPU_PYTHON = $(DEV_ENV)/bin/python
+gpu: $(if $(filter $(DEV_ENV)/bin/python,$(GPU_PYTHON)),$(DEV_ENV)/.installed)
+	@PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 soak: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m benchmarks.soak $(ARGS)

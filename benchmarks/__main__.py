@@ -5,11 +5,12 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import decode, http, one_set, prediction, scheduling, submodels, switching
+from benchmarks import decode, http, int8, one_set, prediction, scheduling, submodels, switching
 from benchmarks.common import DEFAULT_MODEL
 
 BENCHMARKS = {
     "decode": decode.run,
+    "int8": int8.run,
     "submodels": submodels.run,
     "switching": switching.run,
     "one_set": one_set.run,

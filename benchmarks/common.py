@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.provenance import commit
 from sortserve.engine.config import EngineConfig, load_model_config
 from sortserve.engine.engine import Engine
 from sortserve.engine.ladder import Entry, Ladder
@@ -223,16 +223,6 @@ def report(name: str, figures: dict[str, object], checks: dict[str, bool]) -> No
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(line, indent=1) + "\n")
     print(json.dumps(line))
-
-
-def commit() -> str:
-    """What was measured, as git names it."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def module_command() -> str:

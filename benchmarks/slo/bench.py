@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.common import commit
+from benchmarks.provenance import commit
 from benchmarks.slo import capacity as measured
 from benchmarks.slo import figures, load
 from benchmarks.slo.serving import Served, Settings, started

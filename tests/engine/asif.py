@@ -23,7 +23,7 @@ from sortserve.engine.config import ModelConfig, load_model_config
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SequencePlan
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepRunner
 from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest
 from sortserve.engine.request import Request
 from sortserve.engine.runner import Runner
@@ -42,11 +42,18 @@ TOLERANCE = 1e-4
 
 
 class Oracle:
-    """A Llama-family decoder in float64, from the checkpoint's tensors."""
+    """A Llama-family decoder in float64, from the checkpoint's tensors; `int8`: from what is left of its matrices, the
+    embedding left out, as multiples of a 127th of each row's largest value."""
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, int8: bool = False) -> None:
         self.config = config
-        self.tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+        tensors = load_file(folder / "model.safetensors")
+        if int8:
+            for name, tensor in tensors.items():
+                if tensor.dim() == 2 and "embed" not in name:
+                    step = tensor.abs().max(1, keepdim=True).values / 127
+                    tensors[name] = (tensor / step).round() * step
+        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         scale = (x.square().mean(-1, keepdim=True) + self.config.rms_eps).rsqrt()
@@ -113,14 +120,16 @@ class Harness:
     ended: Counter[str] = field(default_factory=Counter)
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
+    int8: bool = False  # weights of the engine and of the oracle
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
+    block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
         if not (self.folder / "config.json").exists():
             make_tiny(self.folder, "llama", seed=3)
         self.config = load_model_config(self.folder)
         self.ladder = asif_ladder(self.config)
-        self.geometry = KVGeometry.of(self.config.shape, self.ladder.bounds, BLOCK_TOKENS)
+        self.geometry = KVGeometry.of(self.config.shape, self.ladder.bounds, self.block_tokens)
         self.kv = KVManager(self.geometry, self.num_pages)
         self.policy = WantedPolicy(self.ladder.full)
         self.scheduler = Scheduler(
@@ -133,21 +142,30 @@ class Harness:
             ask_every=1,
         )
         self.policy.requests = self.scheduler.requests
-        source = Checkpoint.open(self.folder, self.config)
-        weights = load_weights(source, self.config, self.ladder, torch.float32)
-        self.runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
-        self.oracle = Oracle(self.folder, self.config)
+        self.oracle = Oracle(self.folder, self.config, self.int8)
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
         self._sampled: list[tuple[SequencePlan, Tensor]] = []
-        sample = self.runner._sample
+        self.runner = self.make_runner()
 
-        def spy(logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, object]:
-            self._sampled = [(part, logits[row]) for part, row in sampling]
-            return sample(logits, sampling)  # type: ignore[return-value]
+    def make_runner(self) -> StepRunner:
+        """The CPU's runner, which tells `note_sampled` before it samples."""
+        source = Checkpoint.open(self.folder, self.config)
+        weights = load_weights(source, self.config, self.ladder, torch.float32, int8=self.int8)
+        runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
+        sample = runner._sample
 
-        self.runner._sample = spy  # type: ignore[assignment,method-assign]
+        def spy(logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SequenceResult]:
+            self.note_sampled(logits, sampling)
+            return sample(logits, sampling)
+
+        runner._sample = spy  # type: ignore[method-assign]
+        return runner
+
+    def note_sampled(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> None:
+        """What the step's sequences draw from, for `check`."""
+        self._sampled = [(part, logits[row]) for part, row in sampling]
 
     # ---- actions
 

@@ -35,7 +35,13 @@ class Outcome:
 
 def load_engine(folder: Path, **settings: Any) -> Engine:
     """A small float32 engine without measured step times; `settings` are fields of EngineConfig."""
-    given: dict[str, Any] = {"dtype": "float32", "kv_bytes": 8 << 20, "max_model_len": 160, "warmup": False}
+    given: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "kv_bytes": 8 << 20,
+        "max_model_len": 160,
+        "warmup": False,
+    }
     return Engine.load(EngineConfig(model_folder=folder, **given | settings))
 
 

@@ -19,7 +19,8 @@ from sortserve.engine.runner import Runner
 from sortserve.engine.sequence_kv import SequenceKV
 from sortserve.kernels import ffn as ffn_module
 from sortserve.kernels.ffn import BlockRows, FfnRows
-from tests.engine.asif import Harness, random_run
+from sortserve.kernels.linear_int8 import is_exact
+from tests.engine.asif import Harness, Oracle, random_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,6 +43,18 @@ MUST_HAPPEN = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("asif") / "model"
+
+
+@pytest.mark.skipif(not is_exact(), reason="no exact int8 products here")
+def test_int8_weights_are_as_if(folder: Path) -> None:
+    """As if the de-quantized weights ran in float32, at every width. Against the weights as they were, it must fail."""
+    for seed in range(3):
+        rng = random.Random(seed)
+        random_run(Harness(folder, num_pages=140, int8=True), rng, num_actions=60)
+    harness = Harness(folder, num_pages=140, int8=True)
+    harness.oracle = Oracle(folder, harness.config)
+    with pytest.raises(AssertionError, match="relative error"):
+        random_run(harness, random.Random(0), num_actions=60)
 
 
 def new_harness(folder: Path, rng: random.Random) -> Harness:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
 ROWS = [pytest.param(rows, id=f"rows{rows}") for rows in (1, 7, 33, 129)]
 

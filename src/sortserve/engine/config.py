@@ -19,6 +19,8 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+WEIGHT_BYTES: Mapping[str, int | None] = {"auto": None, "int8": 1, "fp8": 1}
+"""Bytes of a weight by `EngineConfig.weights`; None: those of the dtype."""
 MAX_BLOCK_TOKENS = 1024
 
 _ARCHITECTURES: Mapping[str, Family] = {
@@ -94,6 +96,7 @@ class EngineConfig:
     served_name: str = ""  # model name of the API; "": the folder's name
     device: str = "auto"  # auto, cpu, cuda or cuda:<index>
     dtype: str = "auto"  # of weights and K/V: auto, float32, bfloat16 or float16
+    weights: str = "auto"  # kept in memory as: auto (the dtype), int8 or fp8; K/V and states stay in the dtype
     max_model_len: int | None = None  # tokens, prompt + output; None: what model and memory allow
     kv_bytes: int | None = None  # bytes for K/V pages and exit states; None: from the free memory
     max_step_tokens: int = 256  # rows of one step, prompt chunks and refills included
@@ -111,11 +114,13 @@ class EngineConfig:
     simulates: str | None = (
         None  # a device of simulator/hardware.py whose step times are waited for; None: the model runs
     )
+    enforce_eager: bool = False  # on a GPU: launch every kernel by itself instead of replaying CUDA graphs
     warmup: bool = True  # measure the cost model before the first request
     profile_cache: bool = True  # keep what was measured for the next start on this machine, in the user's cache folder
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", *DTYPE_BYTES))
+        _check_choice("weights", self.weights, tuple(WEIGHT_BYTES))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise StartupError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:<index>", param="device")
         for name, high in (

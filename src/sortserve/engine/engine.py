@@ -4,28 +4,27 @@ plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = schedule
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
-from sortserve.engine import container
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
-from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.config import DTYPE_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
-from sortserve.engine.errors import MemoryBudgetError, NotFoundError, StartupError
+from sortserve.engine.errors import NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, StepRunner
+from sortserve.engine.plan import LaunchingRunner, Plan, StepResult, StepRunner
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.profile_cache import fitted
@@ -36,13 +35,18 @@ from sortserve.engine.runner import Runner
 from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.runner import SimulatedRunner
+from sortserve.engine.sizing import default_kv_bytes, most_threads, size_kv
 from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
+from sortserve.kernels.dispatch import Dispatch, choose
+from sortserve.kernels.linear_int8 import is_exact
+
+if TYPE_CHECKING:
+    from sortserve.engine.cuda.start import CudaStart
+    from sortserve.engine.cuda.weights import DeviceWeights
 
 logger = logging.getLogger(__name__)
 
-MOST_KV_BYTES = 2 << 30
-"""K/V memory if nobody says: a quarter of what is free, at most this."""
 LADDER_FILE = "ladder.json"
 IDLE_SECONDS = 0.001
 LONG_STEP_SECONDS = 0.02
@@ -68,20 +72,35 @@ class Engine:
         """Load, check that memory suffices, and measure step times. Raises StartupError with what to change."""
         began = time.monotonic()
         model_config = load_model_config(config.model_folder)
-        config, dtype = _resolve(config, model_config)
-        shape = replace(model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype])
+        config, dtype, dispatch = _resolve(config, model_config)
+        shape = replace(
+            model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype], weight_bytes=WEIGHT_BYTES[config.weights]
+        )
         path = config.ladder_path or config.model_folder / LADDER_FILE
         has_ladder = config.ladder_path is not None or path.exists()
         ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
         geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
-        num_pages, max_model_len = _size_kv(config, model_config, geometry)
         simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
-        weights = None
+        cuda = _cuda(config, model_config, dtype) if simulated is None and dispatch.is_cuda else None
+        room = default_kv_bytes() if cuda is None else cuda.kv_bytes(ladder.costs[-1].weight_bytes)
+        num_pages, max_model_len = size_kv(config, model_config, geometry, room)
+        weights: ModelWeights | DeviceWeights | None = None
         if simulated is None:
             source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
                 model_config
             )
-            weights = load_weights(source, model_config, ladder, dtype, sort_ffn=not has_ladder, progress=progress)
+            if cuda is None:
+                weights = load_weights(
+                    source,
+                    model_config,
+                    ladder,
+                    dtype,
+                    sort_ffn=not has_ladder,
+                    int8=config.weights == "int8",
+                    progress=progress,
+                )
+            else:
+                weights = cuda.load(source, sort_ffn=not has_ladder, progress=progress)
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
         grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
@@ -99,6 +118,9 @@ class Engine:
         if weights is None:
             assert simulated is not None
             runner = simulated
+        elif not isinstance(weights, ModelWeights):
+            assert cuda is not None
+            runner = cuda.runner(weights, geometry, scheduler.settings, num_pages, max_model_len, grammars)
         else:
             runner = Runner(
                 model_config,
@@ -122,6 +144,10 @@ class Engine:
             block_tokens=geometry.block_tokens,
             kv_blocks=num_pages // geometry.num_columns,
             load_seconds=time.monotonic() - began,
+            device="" if simulated is not None else dispatch.device,
+            device_name=dispatch.name,
+            kernels="" if simulated is not None else dispatch.kernels,
+            weights=config.dtype if config.weights == "auto" else config.weights,
         )
         engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
         if simulated is not None:
@@ -144,19 +170,29 @@ class Engine:
             return events
         if tell_early is not None:
             tell_early(self.scheduler.take_events())
-        cost, beside = self.cost, None
-        if cost is not None and cost.last_seconds >= LONG_STEP_SECONDS:
-            beside = self.helper.submit(self._beside, plan, time.monotonic() + cost.last_seconds)
+        cost = self.cost
+        result, shape = self._run(plan)
+        if cost is not None and shape is not None:
+            cost.note(shape, result.seconds)
+        return self.scheduler.update(plan, result, time.monotonic())
+
+    def _run(self, plan: Plan) -> tuple[StepResult, StepShape | None]:
+        """Run a step, and do beside it what need not wait for its end: while a GPU works or, if the step is long enough, in
+        the helper's thread."""
+        seconds = 0.0 if self.cost is None else self.cost.last_seconds
+        if isinstance(self.runner, LaunchingRunner):
+            launched = self.runner.launch(plan)
+            shape = self._beside(plan, time.monotonic() + seconds)
+            return launched.result(), shape
+        beside = None
+        if seconds >= LONG_STEP_SECONDS:
+            beside = self.helper.submit(self._beside, plan, time.monotonic() + seconds)
         try:
             result = self.runner.run(plan)
         finally:
             if beside is not None:
                 beside.result()
-        now = time.monotonic()
-        shape = self._beside(plan, now) if beside is None else beside.result()
-        if cost is not None and shape is not None:
-            cost.note(shape, result.seconds)
-        return self.scheduler.update(plan, result, now)
+        return result, self._beside(plan, time.monotonic()) if beside is None else beside.result()
 
     def _beside(self, plan: Plan, now: float) -> StepShape | None:
         """What need not wait for the end of a running plan. Returns its shape, where its time is to be learned from."""
@@ -207,6 +243,8 @@ class Engine:
             "config": repr(self.model_config),
             "ladder": repr(self.info.ladder.entries),
             "dtype": config.dtype,
+            "device": f"{self.info.device} {self.info.device_name} {self.info.kernels} eager={config.enforce_eager}",
+            "weights": config.weights,
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
             "torch": str(torch.__version__),
@@ -218,20 +256,51 @@ class Engine:
         return cost
 
 
-def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype]:
-    """Resolve "auto" once: the CPU, its threads, and bfloat16 where oneDNN has it (float32 checkpoints stay float32)."""
-    if config.device.startswith("cuda"):
-        raise StartupError("device cuda is not supported yet by this version; use --device cpu", param="device")
+def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype, Dispatch]:
+    """Resolve "auto" once: the device, CPU threads, and bfloat16 on a GPU or where oneDNN has it (float32 checkpoints stay
+    float32)."""
+    try:
+        dispatch = choose("cpu" if config.simulates is not None else config.device)
+    except ValueError as error:
+        raise StartupError(str(error), param="device") from error
+    if dispatch.reason:
+        logger.info("no GPU is used: %s", dispatch.reason)
     shape = model.shape
     is_small = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width < SMALL_LAYER
-    num_threads = config.num_threads or (1 if is_small else _most_threads())
+    num_threads = config.num_threads or (1 if is_small else most_threads())
     torch.set_num_threads(num_threads)
     name = config.dtype
     if name == "auto":
-        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        fast = dispatch.is_cuda or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "bfloat16" if model.dtype != "float32" and fast else "float32"
-    resolved = replace(config, device="cpu", dtype=name, served_name=config.model_name, num_threads=num_threads)
-    return resolved, getattr(torch, name)
+    if not dispatch.is_cuda:
+        _check_weights(config)
+    resolved = replace(
+        config, device=dispatch.device, dtype=name, served_name=config.model_name, num_threads=num_threads
+    )
+    return resolved, getattr(torch, name), dispatch
+
+
+def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "CudaStart":
+    """The start on a GPU. Imported only here: triton need not be installed elsewhere."""
+    from sortserve.engine.cuda.start import CudaStart
+
+    start = CudaStart(config, model, torch.device(config.device), dtype)
+    start.check()
+    return start
+
+
+def _check_weights(config: EngineConfig) -> None:
+    """Raise StartupError for a format of weights that this processor does not multiply."""
+    if config.simulates is not None:
+        return
+    if config.weights == "fp8":
+        raise StartupError("fp8 weights need a CUDA GPU; use --weights int8 on the CPU", param="weights")
+    if config.weights == "int8" and not is_exact():
+        raise StartupError(
+            "int8 weights need a processor with VNNI (AVX512-VNNI or AVX-VNNI); start without --weights int8",
+            param="weights",
+        )
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
@@ -246,47 +315,6 @@ def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
         raise StartupError(str(error), param="policy") from error
 
 
-def _size_kv(config: EngineConfig, model: ModelConfig, geometry: KVGeometry) -> tuple[int, int]:
-    """Pages that the K/V memory makes, and the context length. One sequence of that length must fit at full depth, with
-    the exit states of one refill chunk."""
-    kv_bytes = config.kv_bytes or min(MOST_KV_BYTES, _free_bytes() // 4)
-    num_pages = kv_bytes // geometry.page_bytes
-    state_pages = geometry.num_blocks(config.max_step_tokens) * geometry.state_pages
-    fitting = max(0, num_pages - state_pages) // geometry.num_columns * geometry.block_tokens
-    max_model_len = config.max_model_len or min(model.max_context, fitting)
-    if max_model_len > model.max_context:
-        raise StartupError(
-            f"max_model_len is {max_model_len}, the model is made for {model.max_context}", param="max_model_len"
-        )
-    needed = geometry.pages_for(max(1, max_model_len)) + state_pages
-    if max_model_len < 1 or num_pages < needed:
-        raise MemoryBudgetError(
-            f"K/V memory of {kv_bytes} bytes makes {num_pages} pages of {geometry.page_bytes} bytes; one sequence of "
-            f"{max(1, max_model_len)} tokens at full depth and the exit states of one refill need {needed} "
-            f"({needed * geometry.page_bytes} bytes). Give more with --kv-memory or lower --max-model-len",
-            param="kv_bytes",
-        )
-    return num_pages, max_model_len
-
-
-def _most_threads() -> int:
-    """PyTorch's number, or what a container's share of processor time keeps busy, where that is less: threads above it
-    would be stopped half-way through a step, and all wait for them."""
-    cpus = container.cpus()
-    threads = torch.get_num_threads()
-    return threads if cpus is None else max(1, min(threads, int(cpus)))
-
-
-def _free_bytes() -> int:
-    """Physical memory that is free now and that a container's limit leaves, as far as the system tells."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        free = 4 * MOST_KV_BYTES  # macOS and Windows do not tell
-    allowed = container.free_bytes()
-    return free if allowed is None else min(free, allowed)
-
-
 def _simulated(
     config: EngineConfig, shape: ModelShape, ladder: Ladder, eos_token_ids: tuple[int, ...]
 ) -> SimulatedRunner | None:
@@ -299,23 +327,27 @@ def _simulated(
         raise StartupError(str(error), param="simulates") from error
 
 
-def _head_words(weights: ModelWeights | None) -> str:
+def _head_words(weights: "ModelWeights | DeviceWeights | None") -> str:
     if weights is None:
         return "simulated"
+    if not isinstance(weights, ModelWeights):
+        return "a matrix of its own" if weights.head_bytes else "the embedding"
     return (
         f"packed beside the embedding, {weights.head_bytes / (1 << 20):.0f} MiB" if weights.head_bytes else "unpacked"
     )
 
 
-def _log_start(engine: Engine, weights: ModelWeights | None, has_ladder: bool) -> None:
+def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     logger.info(
-        "loaded %s in %.1f s: %d sub-models, exits %s, %s; weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
+        "loaded %s on %s in %.1f s: %d sub-models, exits %s, %s; %s weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
         info.model,
+        " ".join(word for word in (info.device or "no device", info.device_name, f"({info.kernels})") if word != "()"),
         info.load_seconds,
         len(info.ladder.entries),
         "/".join(map(str, info.ladder.exits)),
         engine.config.dtype,
+        info.weights,
         info.weight_bytes / mib,
         _head_words(weights),
         info.kv_bytes / mib,

@@ -5,7 +5,7 @@ frozen dataclass takes 3.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -114,9 +114,26 @@ class StepResult(msgspec.Struct, frozen=True, gc=False):
     seconds: float
 
 
+class LaunchedStep(Protocol):
+    """A step on its way."""
+
+    def result(self) -> StepResult:
+        """Its result; waits for it."""
+        ...
+
+
 class StepRunner(Protocol):
     """What runs steps: a model, or a clock that stands in for one."""
 
     def run(self, plan: Plan) -> StepResult:
         """One step."""
+        ...
+
+
+@runtime_checkable
+class LaunchingRunner(StepRunner, Protocol):
+    """A runner that works on its own once a step is launched. One step at a time."""
+
+    def launch(self, plan: Plan) -> LaunchedStep:
+        """Start a step. Nothing of `plan` is read after the return."""
         ...

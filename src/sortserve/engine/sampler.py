@@ -25,7 +25,7 @@ TokenIds = Sequence[int] | IntRow
 
 PURPOSE_SAMPLE = 0
 
-_MIN_TEMPERATURE = 1e-5  # below it only ties are left to chance, and float32 would overflow
+MIN_TEMPERATURE = 1e-5  # below it only ties are left to chance, and float32 would overflow
 _LIMIT = np.float32(1e30)  # of adjusted logits: the smallest repetition penalties divide past float32
 _BLOCK = 512  # tokens summed at once
 _NUCLEUS_GUESSES = (64, 1024, 16384)  # tokens ranked in search of the nucleus, before all are
@@ -156,23 +156,44 @@ def adjusted_logits(logits: FloatRow, row: SamplingRow) -> FloatRow:
 
 def kept_weights(adjusted: FloatRow, params: SamplingParams) -> tuple[IntRow | None, FloatRow]:
     """Tokens that temperature, top-k, top-p and min-p leave, ascending (None: all), and their unnormalized weights."""
-    kept = _best(adjusted, params.top_k) if 0 < params.top_k < len(adjusted) else None  # best first
-    weights: FloatRow = (adjusted if kept is None else adjusted[kept]) - adjusted.max()
-    weights /= np.float32(max(params.temperature, _MIN_TEMPERATURE))
-    np.exp(weights, out=weights)
-    if kept is None and params.top_p < 1.0:
-        kept = _nucleus(adjusted, weights, params.top_p)
-        weights = weights[kept]
-    elif kept is not None and params.top_p < 1.0:
+    if 0 < params.top_k < len(adjusted):
+        kept = _best(adjusted, params.top_k)
+        return kept_among(kept, adjusted[kept], params)
+    weights = _weights(adjusted, adjusted.max(), params)
+    if params.top_p == 1.0:
+        return None, _at_least(weights, params)
+    kept = np.sort(_nucleus(adjusted, weights, params.top_p))
+    return kept, _at_least(weights[kept], params)
+
+
+def kept_among(best: IntRow, values: FloatRow, params: SamplingParams) -> tuple[IntRow, FloatRow]:
+    """`kept_weights` where top-k leaves the tokens `best`, with these logits, best first."""
+    weights = _weights(values, values[0], params)
+    if params.top_p < 1.0:
         cumulative = weights.cumsum(dtype=np.float64)
-        kept = kept[: int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1]
-        weights = weights[: len(kept)]
-    if kept is not None:
-        order = np.argsort(kept)
-        kept, weights = kept[order], weights[order]
+        best = best[: int(np.searchsorted(cumulative, params.top_p * cumulative[-1])) + 1]
+        weights = weights[: len(best)]
+    order = np.argsort(best)
+    return best[order], _at_least(weights[order], params)
+
+
+def draw_among(best: IntRow, values: FloatRow, row: SamplingRow) -> int:
+    """`draw` for a row whose parameters are plain, from its top-k tokens alone, best first, with their logits."""
+    kept, weights = kept_among(best, values, row.params)
+    return int(kept[_invert(weights, uniform(row.seed, row.position))])
+
+
+def _weights(values: FloatRow, highest: np.float32, params: SamplingParams) -> FloatRow:
+    weights: FloatRow = values - highest
+    weights /= np.float32(max(params.temperature, MIN_TEMPERATURE))
+    return np.exp(weights, out=weights)
+
+
+def _at_least(weights: FloatRow, params: SamplingParams) -> FloatRow:
+    """`weights`, those under min-p times the best one's set to 0. The best weight is 1."""
     if params.min_p > 0.0:
-        weights[weights < np.float32(params.min_p)] = 0.0  # the best weight is 1
-    return kept, weights
+        weights[weights < np.float32(params.min_p)] = 0.0
+    return weights
 
 
 def token_logprob(logits: FloatRow, token: int, top: int) -> TokenLogprob:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a decoder that its costs follow from. All counts, except `dtype_bytes` (bytes per weight)."""
+    """The sizes of a decoder that its costs follow from. All counts, except `dtype_bytes` (bytes per value of
+    K/V and states) and `weight_bytes` (bytes per weight; None: as many)."""
 
     num_layers: int
     hidden_size: int
@@ -21,6 +22,12 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     dtype_bytes: int = 2
+    weight_bytes: int | None = None
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Bytes of one weight of the layers and the head; scales of quantized ones, under 0.5 %, are left out."""
+        return self.dtype_bytes if self.weight_bytes is None else self.weight_bytes
 
     @property
     def attention_parameters(self) -> int:
@@ -116,7 +123,7 @@ class SubModel:
             for layer in range(self.depth)
         )
         parameters = attention + 3 * shape.hidden_size * sum(self.widths) + shape.head_parameters
-        return Cost(parameters * shape.dtype_bytes, 2 * parameters)
+        return Cost(parameters * shape.bytes_per_weight, 2 * parameters)
 
     def parameters(self, shape: ModelShape) -> int:
         """Number of weights this sub-model reads."""

@@ -12,7 +12,9 @@ from sortserve.engine.config import ModelConfig
 from sortserve.engine.ladder import Ladder
 from sortserve.kernels.ffn import StaircaseFfn
 from sortserve.kernels.linear import Linear
+from sortserve.kernels.linear_int8 import Int8Linear
 from sortserve.kernels.norm import RmsNorm
+from sortserve.kernels.quantization import quantize
 from sortserve.kernels.rope import pair_rows
 
 Progress = Callable[[int, int], None]
@@ -71,25 +73,33 @@ def load_weights(
     dtype: torch.dtype,
     *,
     sort_ffn: bool = False,
+    int8: bool = False,
     progress: Progress | None = None,
 ) -> ModelWeights:
     """Read and pack every tensor once; at any time at most one layer (or the embedding) exists twice.
 
     `sort_ffn` puts each FFN's neurons in order of importance (for a checkpoint without a ladder), which leaves the full
     model's outputs as they are. A tied head gets a packed copy beside the embedding only where that is measured to pay.
+    `int8`: matrices are quantized as they are read, the head too (which then is a copy); embedding, norms and biases stay
+    in `dtype`.
     """
     names = source.names
     # the biggest tensors first: their packing's second copy then is not on top of the layers
-    head = None if config.tie_embeddings else Linear(source.read(names.lm_head, dtype))
+    head = None if config.tie_embeddings else _linear(source.read(names.lm_head, dtype), None, int8)
     embedding = source.read(names.embed, dtype)
-    head = _tied_head(embedding) if head is None else head
+    if head is None:
+        head = _linear(embedding, None, int8) if int8 else _tied_head(embedding)
     layers = []
     for number, layer_names in enumerate(names.layers):
-        layers.append(_load_layer(source, layer_names, config, ladder.ffn_boundaries(number), dtype, sort_ffn))
+        layers.append(_load_layer(source, layer_names, config, ladder.ffn_boundaries(number), dtype, sort_ffn, int8))
         if progress is not None:
             progress(number + 1, len(names.layers))
     final_norm = RmsNorm(source.read(names.final_norm, dtype), config.rms_eps)
     return ModelWeights(embedding, tuple(layers), final_norm, head, config.tie_embeddings and not head.packed)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, int8: bool) -> Linear:
+    return Int8Linear(*quantize(weight, "int8"), bias) if int8 else Linear(weight, bias)
 
 
 def _tied_head(embedding: Tensor) -> Linear:
@@ -114,6 +124,7 @@ def _load_layer(
     boundaries: tuple[int, ...],
     dtype: torch.dtype,
     sort_ffn: bool,
+    int8: bool,
 ) -> LayerWeights:
     head_dim = config.shape.head_dim
 
@@ -132,13 +143,14 @@ def _load_layer(
     biases = [paired(names.q_bias), paired(names.k_bias), maybe(names.v_bias)]
     return LayerWeights(
         input_norm=norm(names.input_norm),
-        qkv=Linear(
+        qkv=_linear(
             torch.cat([pair_rows(read(names.q), head_dim), pair_rows(read(names.k), head_dim), read(names.v)]),
             torch.cat([bias for bias in biases if bias is not None]) if names.q_bias is not None else None,
+            int8,
         ),
-        output=Linear(read(names.o), maybe(names.o_bias)),
+        output=_linear(read(names.o), maybe(names.o_bias), int8),
         post_norm=norm(names.post_norm),
-        ffn=_load_ffn(read, maybe, names, boundaries, sort_ffn),
+        ffn=_load_ffn(read, maybe, names, boundaries, sort_ffn, int8),
         query_norm=None if names.q_norm is None else norm(names.q_norm, pair=True),
         key_norm=None if names.k_norm is None else norm(names.k_norm, pair=True),
     )
@@ -150,6 +162,7 @@ def _load_ffn(
     names: LayerNames,
     boundaries: tuple[int, ...],
     sort_ffn: bool,
+    int8: bool,
 ) -> StaircaseFfn:
     gate, up, down = read(names.gate), read(names.up), read(names.down)
     gate_bias, up_bias = maybe(names.gate_bias), maybe(names.up_bias)
@@ -158,8 +171,9 @@ def _load_ffn(
         gate, up, down = gate[order], up[order], down[:, order]
         gate_bias = None if gate_bias is None else gate_bias[order]
         up_bias = None if up_bias is None else up_bias[order]
+    down_bias = maybe(names.down_bias)
     return StaircaseFfn(
-        gate, up, down, boundaries, gate_bias=gate_bias, up_bias=up_bias, down_bias=maybe(names.down_bias)
+        gate, up, down, boundaries, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias, int8=int8
     )
 
 

@@ -10,7 +10,7 @@ zeroed before `down`. No weight is sliced into a copy, and partial sums accumula
     row 2     ########### ####.......                  w = 192: blocks 0, 1, the rest of 1 masked
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sortserve.kernels.linear import Linear
+from sortserve.kernels.linear_int8 import Int8Linear
+from sortserve.kernels.quantization import quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +73,20 @@ class StaircaseFfn:
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         pack: bool = True,
+        int8: bool = False,
     ) -> None:
+        """`int8`: quantized whole and then cut, so that a width's weights do not depend on where the blocks end."""
         self.boundaries = tuple(boundaries)
         self._gate: list[Linear] = []
         self._up: list[Linear] = []
         self._down: list[Linear] = []
+        make_gate, make_up, make_down = (_maker(weight, pack=pack, int8=int8) for weight in (gate, up, down))
         start = 0
         for end in boundaries:
-            self._gate.append(Linear(gate[start:end], None if gate_bias is None else gate_bias[start:end], pack=pack))
-            self._up.append(Linear(up[start:end], None if up_bias is None else up_bias[start:end], pack=pack))
-            self._down.append(Linear(down[:, start:end].clone(), down_bias if start == 0 else None, pack=pack))
+            rows = slice(start, end)
+            self._gate.append(make_gate(rows, _ALL, None if gate_bias is None else gate_bias[rows]))
+            self._up.append(make_up(rows, _ALL, None if up_bias is None else up_bias[rows]))
+            self._down.append(make_down(_ALL, rows, down_bias if start == 0 else None))
             start = end
 
     @property
@@ -133,8 +139,23 @@ class StaircaseFfn:
     def _activate(self, number: int, x: Tensor, mask: Tensor | None) -> Tensor:
         """silu(gate x) * up x in one block, [rows, block width]; the activation and the product ride on the two
         matrix products, which is 5-10 % of an FFN at up to 32 rows."""
-        out = self._up[number].times(self._gate[number].silu(x), x)
+        gate = self._gate[number]
+        prepared = gate.prepare(x)
+        out = self._up[number].times(gate.silu(prepared), prepared).to(x.dtype)
         return out if mask is None else out.mul_(mask)
+
+
+_ALL = slice(None)
+
+
+def _maker(weight: Tensor, *, pack: bool, int8: bool) -> Callable[[slice, slice, Tensor | None], Linear]:
+    """What makes a product of some rows and columns of `weight`, with a bias for these rows."""
+    if not int8:
+        return lambda rows, columns, bias: Linear(
+            weight[rows] if columns == _ALL else weight[:, columns].clone(), bias, pack=pack
+        )
+    values, scale = quantize(weight, "int8")
+    return lambda rows, columns, bias: Int8Linear(values[rows, columns], scale[rows], bias)
 
 
 def reference(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, widths: Sequence[int]) -> Tensor:

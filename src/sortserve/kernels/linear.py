@@ -5,6 +5,8 @@ bfloat16 rows reached 11.6 (two cores, one row), and from 32 rows on both take t
 oneDNN does not pack, plain `F.linear`. `reference` is the float64 formula, the oracle of the tests.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,10 @@ class Linear:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
         return F.linear(x, self.weight, self.bias)
+
+    def prepare(self, x: Tensor) -> Any:
+        """What `silu` and `times` take for x: for weights in x's own dtype, x."""
+        return x
 
     def silu(self, x: Tensor) -> Tensor:
         """silu(x W^T + b), without a pass of its own for the activation."""

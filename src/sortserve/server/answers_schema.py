@@ -230,11 +230,24 @@ class StepPrediction(BaseModel):
     p90_coverage: float
 
 
+class Compute(BaseModel):
+    """What runs the sub-models: cpu or cuda:<index>, the GPU's name, and the kernels, in words. All empty where steps are
+    simulated."""
+
+    device: str
+    name: str
+    kernels: str
+
+
 class SubmodelList(BaseModel):
-    """Answer of /v1/submodels, from the cheapest to the full model; and how good its predictions were until now."""
+    """Answer of /v1/submodels, from the cheapest to the full model; and how good its predictions were until now.
+
+    `weights`: how they are kept in memory: a dtype, int8 or fp8; empty where the back end does not tell."""
 
     object: Literal["list"] = "list"
     data: list[SubmodelCard]
+    compute: Compute
+    weights: str = ""
     step_predictions: list[StepPrediction]
 
 

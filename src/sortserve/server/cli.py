@@ -178,7 +178,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="MODEL", help="Hugging Face model folder; default: the bundled one"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index>; default: auto")
+    parser.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="on a GPU: no CUDA graphs, every kernel is launched by itself; slower",
+    )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        choices=("auto", "int8", "fp8"),
+        help="how weights are kept: auto as --dtype says, int8 at half the bytes, fp8 on a GPU; default: auto",
+    )
     parser.add_argument(
         "--threads",
         type=positive,

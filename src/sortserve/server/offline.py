@@ -116,6 +116,7 @@ def _load(folder: Path, args: argparse.Namespace) -> "LLM":
         folder,
         device=args.device,
         dtype=args.dtype,
+        weights=args.weights,
         num_threads=args.threads,
         max_model_len=args.max_model_len,
         kv_bytes=args.kv_memory,

@@ -19,6 +19,7 @@ from sortserve.engine.protocol import EngineStats
 from sortserve.server.answers_schema import (
     ChatCompletionResponse,
     CompletionResponse,
+    Compute,
     DetokenizeResponse,
     Health,
     ModelCard,
@@ -107,7 +108,13 @@ def model_routes(state: ServerState) -> APIRouter:
     @router.get("/v1/submodels")
     async def submodels() -> SubmodelList:
         state.require_ready()
-        return SubmodelList(data=await _submodels(state), step_predictions=await _step_predictions(state))
+        info = state.backend.info
+        return SubmodelList(
+            data=await _submodels(state),
+            compute=Compute(device=info.device, name=info.device_name, kernels=info.kernels),
+            weights=info.weights,
+            step_predictions=await _step_predictions(state),
+        )
 
     @router.post("/tokenize", responses=answered(400, 408, 413, 429))
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:

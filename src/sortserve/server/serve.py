@@ -81,6 +81,8 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         served_name=args.served_model_name,
         device=args.device,
         dtype=args.dtype,
+        enforce_eager=args.enforce_eager,
+        weights=args.weights,
         max_model_len=args.max_model_len,
         kv_bytes=args.kv_memory,
         max_step_tokens=args.max_batch_tokens,

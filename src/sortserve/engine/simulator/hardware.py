@@ -87,7 +87,7 @@ def cost_of(shape: ModelShape, layers: np.ndarray[tuple[int], np.dtype[np.int64]
     buckets = np.array(sorted({*_BUCKETS, ridge}), np.float64)
 
     def product(parameters: int) -> Floats:
-        return np.maximum(parameters * shape.dtype_bytes / bandwidth, 2 * parameters * buckets / flops)
+        return np.maximum(parameters * shape.bytes_per_weight / bandwidth, 2 * parameters * buckets / flops)
 
     reduced = (
         2 * (device.count - 1) / device.count * shape.hidden_size * 2 * buckets / (device.link * device.link_share)
@@ -111,7 +111,7 @@ def cost_of(shape: ModelShape, layers: np.ndarray[tuple[int], np.dtype[np.int64]
 def kv_sizes(shape: ModelShape, device: Device) -> KVSizes:
     """What is left for K/V. Raises ValueError if the weights leave nothing."""
     embedding = shape.hidden_size * shape.vocab_size
-    weights = (SubModel.full(shape).parameters(shape) + embedding) * shape.dtype_bytes
+    weights = SubModel.full(shape).cost(shape).weight_bytes + embedding * shape.dtype_bytes
     capacity = device.memory * device.count * device.memory_share - weights
     if capacity <= 0:
         raise ValueError(f"{weights / 1e9:.0f} GB of weights do not fit into {device.name}; take more of them")

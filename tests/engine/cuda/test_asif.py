@@ -1,0 +1,199 @@
+"""As-if, per token, on the runner for CUDA devices: padded calls as its graphs make them, and unpadded ones.
+
+Long schedules run on torch's stand-ins for the kernels, a few short ones on the Triton kernels in the interpreter.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sortserve.engine.cuda import forward, rows
+from sortserve.engine.cuda.buffers import StepBuffers
+from sortserve.engine.cuda.rows import RowLayout, StepRows
+from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
+from sortserve.engine.cuda.tables import Longs, PageTables
+from sortserve.engine.plan import Ints
+from tests.engine.asif import random_run
+from tests.engine.cuda import plain_kernels
+from tests.engine.cuda.harness import EAGER, PADDED, CudaHarness, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MUST_HAPPEN = (
+    "partial refill",
+    "depth change inside a prompt",
+    "refill and decode in one segment call",
+    "shared block deepened",
+    "release then promote",
+    "preempted",
+    "prefix hit on a mixed-width chain refused",
+    "prefix hit",
+    "states adopted",
+    "refill from a state",
+    "refill from layer 0",
+)
+
+
+SEEDS = range(6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("cuda") / "model")
+
+
+def run_one(
+    folder: Path, seed: int, options: CudaOptions, num_actions: int = 80, *, int8: bool = False
+) -> Counter[str]:
+    rng = random.Random(seed)
+    harness = CudaHarness(
+        folder, num_pages=rng.choice([30, 80]), max_step_tokens=rng.choice([3, 7, 20]), options=options, int8=int8
+    )
+    random_run(harness, rng, num_actions=num_actions)
+    return harness.seen
+
+
+@pytest.mark.parametrize("options", [PADDED, EAGER], ids=["padded", "eager"])
+def test_random_schedules_are_as_if(folder: Path, options: CudaOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of padding come from whatever the buffers held; kernels' stand-ins give NaN for what nobody may read."""
+    plain_kernels.put_in_place(monkeypatch, forward)
+    seen: Counter[str] = Counter()
+    for seed in SEEDS:
+        seen.update(run_one(folder, seed, options))
+    missing = [name for name in MUST_HAPPEN if seen[name] == 0]
+    assert not missing, f"never happened: {missing}; {dict(seen)}"
+
+
+@pytest.mark.parametrize("options", [PADDED, EAGER], ids=["padded", "eager"])
+def test_the_triton_kernels_are_as_if(folder: Path, options: CudaOptions) -> None:
+    """The same through the kernels themselves: what fits where they meet the runner."""
+    seen = run_one(folder, 3, options, num_actions=6)
+    assert seen["refill from a state"] + seen["refill from layer 0"] > 0, dict(seen)
+
+
+def test_int8_weights_are_as_if(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle computes with the weights that the int8 ones stand for."""
+    plain_kernels.put_in_place(monkeypatch, forward)
+    run_one(folder, 1, PADDED, num_actions=40, int8=True)
+
+
+# ---- planted bugs: each must be caught
+
+
+def _padding_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding rows have a slot: they write the K/V of a page that is somebody's."""
+    clear = StepBuffers.clear
+
+    def planted(self: StepBuffers) -> None:
+        clear(self)
+        self.host["slots"].fill(0)
+
+    monkeypatch.setattr(StepBuffers, "clear", planted)
+
+
+def _stale_page_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence's pages are sent once."""
+    changed = PageTables._changed
+
+    def planted(self: PageTables, seat: int, pages: Ints) -> Longs:
+        known = self.mirror[:, seat, : len(pages)].T
+        return changed(self, seat, np.where(known > 0, known, pages))
+
+    monkeypatch.setattr(PageTables, "_changed", planted)
+
+
+def _width_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has the widths of the row before it."""
+    fill = RowLayout.fill
+
+    def planted(self, host, *rest):  # type: ignore[no-untyped-def]
+        counts = fill(self, host, *rest)
+        host["width"][:] = np.roll(host["width"], 1, axis=1)
+        return counts
+
+    monkeypatch.setattr(RowLayout, "fill", planted)
+
+
+def _leavers_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit buffer's rows are numbered one too far where a row leaves early."""
+
+    def planted(self: StepRows) -> Longs:
+        result: Longs = np.cumsum(self.wanted) - 1 + (self.exit.max() - self.exit).astype(np.int64) % 2
+        return result
+
+    monkeypatch.setattr(StepRows, "exit_number", property(planted))
+
+
+def _states_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept states are read one piece off."""
+    entering = RowLayout._entering
+
+    def planted(self, host, step):  # type: ignore[no-untyped-def]
+        count = entering(self, host, step)
+        host["state_read"][: count * self.state_pieces] += 1
+        return count
+
+    monkeypatch.setattr(RowLayout, "_entering", planted)
+
+
+def _tiles_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last row of a long tile is left out."""
+    tiles = rows._tiles
+
+    def planted(host, segment, run, tile_rows):  # type: ignore[no-untyped-def]
+        count = tiles(host, segment, run, tile_rows)
+        lengths = host["tile_rows"][segment, :count]
+        lengths[lengths > 2] -= 1
+        return count
+
+    monkeypatch.setattr(rows, "_tiles", planted)
+
+
+PLANTED: dict[str, tuple[CudaOptions, Callable[[pytest.MonkeyPatch], None]]] = {
+    "padding rows write K/V": (PADDED, _padding_writes),
+    "stale page table": (PADDED, _stale_page_table),
+    "width of the neighbour": (PADDED, _width_of_the_neighbour),
+    "leavers lost": (PADDED, _leavers_lost),
+    "states of another row": (PADDED, _states_of_another_row),
+    "tiles too short": (EAGER, _tiles_too_short),
+}
+
+
+def run_some(folder: Path, options: CudaOptions) -> None:
+    for seed in range(8):
+        run_one(folder, seed, options)
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_caught(bug: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, plant = PLANTED[bug]
+    plain_kernels.put_in_place(monkeypatch, forward)
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        run_some(folder, options)
+
+
+def test_a_step_that_is_too_long_for_graphs_runs_unpadded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of 20 rows of one sequence takes tiles; the single rows after it take the padded calls."""
+    plain_kernels.put_in_place(monkeypatch, forward)
+    harness = CudaHarness(folder, num_pages=80, max_step_tokens=20, options=PADDED)
+    runner = harness.runner
+    assert isinstance(runner, CudaRunner)
+    assert runner.graphs is not None
+    padded = list[int]()
+    segment = runner.graphs.segment
+
+    def noting(number: int, count: int) -> None:
+        padded.append(count)
+        segment(number, count)
+
+    monkeypatch.setattr(runner.graphs, "segment", noting)
+    harness.submit(list(range(1, 21)), 3, place=harness.ladder.full, exact=False)
+    harness.checked_step()
+    assert padded == []
+    harness.finish()
+    assert padded == [1] * (2 * harness.geometry.num_segments)
