@@ -30,6 +30,13 @@ def decode_seconds(cost: StepCost, rungs: Rungs, counts: Mapping[int, float], co
     return float(cost.seconds(decode_shape(rungs, by_place(rungs, counts), context)))
 
 
+def steady_seconds(decode: Floats, with_prompt: Floats, full: Floats, starts: float) -> Floats:
+    """Mean seconds of a step while `starts` prompts a second come, [...]: of steps that take `decode` without a prompt,
+    `with_prompt` with one of them, and at most `full`. The longer the steps, the more of them have a prompt."""
+    free = np.maximum(1.0 - starts * np.maximum(with_prompt - decode, 0.0), 1e-3)
+    return np.minimum(decode / free, np.maximum(full, decode))
+
+
 def by_place(rungs: Rungs, counts: Mapping[int, float]) -> Floats:
     """[places] of a count by place."""
     spread = np.zeros(len(rungs.exits))

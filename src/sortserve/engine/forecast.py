@@ -1,12 +1,11 @@
-"""What the engine predicts and tells: of a request that begins, of one more that might, and whether another step would still
-be in time."""
+"""What the engine predicts of one more request that might come, and whether another step would still be in time."""
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sortserve.engine.cost import StepCost
-from sortserve.engine.estimates import by_place, decode_seconds, decode_shape, prefill_seconds, prefill_shape
+from sortserve.engine.estimates import by_place, decode_seconds, decode_shape, prefill_shape
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.policies.protocol import NEVER_RAN
 from sortserve.engine.protocol import Prediction
@@ -33,18 +32,6 @@ class Forecast:
         running = [request for request in requests if request.running]
         context = sum(len(request.tokens) for request in running) / max(1, len(running))
         return cls(rungs, cost, step_tokens, Counter(request.submodel for request in running), context)
-
-    def of_request(self, request: Request, expected: int, now: float) -> tuple[float | None, bool]:
-        """Seconds from its arrival to its last expected token, and whether it would meet its budget; None without one."""
-        budget, arrival = request.asked.budget, request.asked.arrival
-        if budget is None or self.cost is None:
-            return None, True
-        step = decode_seconds(self.cost, self.rungs, {request.submodel: self.running.total()}, self.context)
-        rest = request.num_prompt - request.cached_tokens
-        first = prefill_seconds(self.cost, self.rungs, request.submodel, rest, self.step_tokens)
-        first_at = now + max(first, step)
-        last_at = first_at + step * (expected - 1)
-        return last_at - arrival, budget.met(arrival, first_at, last_at, expected)
 
     def too_late(self, request: Request, now: float) -> bool:
         """Whether a step of the shape that runs now would end after the request's total budget."""

@@ -35,6 +35,7 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     first_row: float | None = None
+    foretold: float | None = None  # seconds from there to the last token, by cost model and load alone
     first_token: float | None = None
     last_token: float | None = None
     cut: bool = False

@@ -4,7 +4,7 @@ There is no prefill or decode phase: every request has tokens known and tokens c
 `plan = schedule(now)`, the runner's work, `events = update(plan, result, now)`. No torch here.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from sortserve.engine.cost import CostTable, StepCost
 from sortserve.engine.deciding import ASK_EVERY, Decider
 from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError, RequestError
 from sortserve.engine.forecast import Forecast, first_place
+from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
@@ -32,7 +33,7 @@ from sortserve.engine.protocol import (
     Prediction,
 )
 from sortserve.engine.request import Request
-from sortserve.engine.rungs import Rungs
+from sortserve.engine.rungs import Ints, Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.step import fill, in_order, rows_of
 from sortserve.engine.table import RequestTable
@@ -77,6 +78,7 @@ class Scheduler:
         self._books = Books(ladder, self._tally, self._lengths, eos_token_ids)
         self._table = RequestTable(self.rungs, kv, self.settings)
         self.decider = Decider(policy, self._table, ask_every)
+        self._foreteller = Foreteller()
         self._cutting: dict[str, Request] = {}  # with the budget policy `cut` and a total
         self._assembly = Assembly(
             self.requests, self._planner, self.settings, self.rungs, ladder, self._tally, max_running
@@ -209,6 +211,7 @@ class Scheduler:
             FEATURES,
             max(1, self.decider.steps),
             coming,
+            self._foreteller.traffic,
         )
 
     def _repeated(self) -> list[SequencePlan] | None:
@@ -237,10 +240,9 @@ class Scheduler:
         wanted = rows_of(view, runnable, have, start, stop) @ self.rungs.layers  # rows x layers
         order = in_order(view, place, start)
         parts = self._assembly.rows(requests, self._before, view, order, place, reasons, wanted)
-        for part in parts:
-            request = self.requests[part.request_id]
-            if request.first_row is None:
-                self._accept(request, part, now)
+        begun = [part for part in parts if self.requests[part.request_id].first_row is None]
+        if begun:
+            self._accept(begun, requests, view, place, now)
         singles = all(part.spans[-1].stop - part.spans[0].start == 1 for part in parts)
         self._repeatable = []
         if singles and not self._assembly.memory_short:
@@ -254,25 +256,38 @@ class Scheduler:
     def _forecast(self) -> Forecast:
         return Forecast.of(self.requests.values(), self.rungs, self.cost, self._max_step_tokens)
 
-    def _accept(self, request: Request, part: SequencePlan, now: float) -> None:
-        """Tell a request that runs for the first time what it starts with. All the K/V it has then were cached."""
-        request.first_row = now
-        if request.asked.sampling.prompt_logprobs is None:
-            request.cached_tokens = part.watermark[0]
-            self._tally.prefix_queries += request.num_prompt
-            self._tally.prefix_hits += request.cached_tokens
-        expected = self._lengths.expected_left(request)
-        predicted, met = self._forecast().of_request(request, expected, now)
-        self._pending.append(
-            AcceptedEvent(
-                request.id,
-                self.ladder.entries[request.submodel].id,
-                predicted,
-                met,
-                now - request.asked.arrival,
-                request.cached_tokens,
+    def _accept(
+        self, begun: Sequence[SequencePlan], requests: Sequence[Request], view: View, place: Ints, now: float
+    ) -> None:
+        """Tell requests that run for the first time what they start with. All the K/V they have then were cached."""
+        first, last = self._foreteller.foretell(view, place, self.decider.chunk_tokens)
+        factor = self._foreteller.factor
+        rows = {request.id: row for row, request in enumerate(requests)}
+        for part in begun:
+            request, row = self.requests[part.request_id], rows[part.request_id]
+            request.first_row = now
+            if request.asked.sampling.prompt_logprobs is None:
+                request.cached_tokens = part.watermark[0]
+                self._tally.prefix_queries += request.num_prompt
+                self._tally.prefix_hits += request.cached_tokens
+            self._foreteller.traffic.note(now, request.num_prompt - request.cached_tokens)
+            predicted, met = None, True
+            if request.asked.budget is not None and self.cost is not None:
+                request.foretold = float(last[row])
+                ends = now + request.foretold * factor
+                arrival, expected = request.asked.arrival, request.num_output + int(view.expected_left[row])
+                predicted = ends - arrival
+                met = request.asked.budget.met(arrival, now + float(first[row]) * factor, ends, expected)
+            self._pending.append(
+                AcceptedEvent(
+                    request.id,
+                    self.ladder.entries[request.submodel].id,
+                    predicted,
+                    met,
+                    now - request.asked.arrival,
+                    request.cached_tokens,
+                )
             )
-        )
 
     def _cut_overdue(self, now: float) -> None:
         """Budget policy `cut`: stop where one more step, of the shape that runs now, would come too late."""
@@ -327,6 +342,8 @@ class Scheduler:
         return events
 
     def _finish(self, request: Request, reason: FinishReason, now: float) -> FinishedEvent:
+        if request.foretold is not None and request.first_row is not None and reason != "abort" and not request.cut:
+            self._foreteller.ended(request.foretold, now - request.first_row)
         self._end(request)
         return FinishedEvent(request.id, reason, request.summary(self.ladder, now))
 

@@ -15,6 +15,7 @@ from sortserve.engine.policies.protocol import NEVER_RAN, View
 from sortserve.engine.request import Request
 from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
 from sortserve.engine.settings import SettingsTable
+from sortserve.engine.traffic import Traffic
 
 _CONSTANTS = np.dtype(
     [
@@ -94,6 +95,7 @@ class RequestTable:
         features: frozenset[str],
         steps: int = 1,
         coming: Collection[str] = (),
+        traffic: Traffic | None = None,
     ) -> View:
         """All requests at this moment. Those named `coming` get a token from the step that runs until then."""
         count, segments = len(self.requests), self._rungs.num_segments
@@ -134,6 +136,8 @@ class RequestTable:
             tokens_since_switch=num_output - moving[:, 5],
             confidence=confidence,
             steps=steps,
+            starts=0.0 if traffic is None else traffic.rate(now),
+            start_rows=0.0 if traffic is None else traffic.rows,
         )
 
     def _moving(self, coming: Collection[str]) -> Ints:

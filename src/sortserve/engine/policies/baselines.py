@@ -31,7 +31,7 @@ class RejectOnly:
         """See the class."""
         outlook = self._clock.look(view)
         forecast = outlook.foresee(view.ceiling[None], chunks(view, 1))
-        self._clock.note(view, forecast, 0, view.step_tokens)
+        self._clock.note(view, forecast, 0)
         dropped = turned_away(outlook, forecast.late(view)[0], outlook.hopeless(view.ceiling))
         reason = reasons(view, view.ceiling, Reason.FIXED)
         return settle(outlook, view.ceiling, reason, dropped, view.step_tokens, self._clock.decisions)
@@ -55,7 +55,7 @@ class AdmissionOnly:
         forecast = outlook.foresee(place, chunks(view, len(caps)))
         late = (forecast.late(view, self._margin) & view.budgeted).sum(1)
         chosen = int(len(caps) - 1 - np.argmin(late[::-1]))
-        self._clock.note(view, forecast, chosen, view.step_tokens)
+        self._clock.note(view, forecast, chosen)
         dropped = turned_away(outlook, forecast.late(view)[chosen], outlook.hopeless(view.floor))
         reason = reasons(view, place[chosen], Reason.ADMISSION)
         return settle(outlook, place[chosen], reason, dropped, view.step_tokens, self._clock.decisions)
@@ -91,7 +91,7 @@ class GlobalCap:
             if self._calm >= self._hold:
                 cap, self._calm = cap + 1, 0
         self._cap = cap
-        self._clock.note(view, forecast, cap, view.step_tokens)
+        self._clock.note(view, forecast, cap)
         dropped = turned_away(outlook, forecast.late(view)[cap], outlook.hopeless(view.floor))
         reason = reasons(view, place[cap], Reason.OTHERS)
         return settle(outlook, place[cap], reason, dropped, view.step_tokens, self._clock.decisions)

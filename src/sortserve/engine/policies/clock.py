@@ -1,4 +1,4 @@
-"""What a policy remembers from step to step: prices, how wrong step times were, and how busy the machine is with prompts."""
+"""What a policy remembers from step to step: prices, and how wrong step times were."""
 
 from collections import deque
 
@@ -12,7 +12,6 @@ _RENEW_PRICES = 64  # decisions; the step cost is corrected while serving
 _MEMORY = 15  # step times; their median decides, so that a clock jump or an idle pause counts for nothing
 _PLAUSIBLE = 16.0  # a step time further off than this is a pause, a jump, or two decisions for one step
 _MOST_FACTOR = 4.0
-_BUSY_STEPS = 32.0  # steps over which the share of steps with prompts is smoothed
 
 
 class Clock:
@@ -20,7 +19,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.factor = 1.0  # measured over predicted, in [1/4, 4]
-        self.busy = 0.0
         self.decisions = 0
         self._prices: Prices | None = None
         self._ratios: deque[float] = deque(maxlen=_MEMORY)
@@ -41,7 +39,7 @@ class Clock:
         if self._prices is None or self.decisions % _RENEW_PRICES == 0:
             self._prices = Prices.of(view.cost, view.rungs, view.step_tokens)
         self.decisions += 1
-        return Outlook(view, self._prices, factor=self.factor, busy=self.busy)
+        return Outlook(view, self._prices, factor=self.factor)
 
     def _steps_since(self, view: View) -> int:
         """How many steps there were since the last decision, by the tokens of the witness; 0 if it has ended."""
@@ -51,7 +49,7 @@ class Clock:
         found = np.flatnonzero(view.arrival == arrival)
         return int(view.num_output[found[0]]) - had if len(found) == 1 else 0
 
-    def note(self, view: View, forecast: Forecast, chosen: int, chunk_tokens: float) -> None:
+    def note(self, view: View, forecast: Forecast, chosen: int) -> None:
         """Remember what was decided. The factor is in the prediction already and must not be learned again."""
         step = float(forecast.step[chosen])
         soon = np.flatnonzero(view.running & (forecast.first[chosen] <= step) & (view.num_output > 0))
@@ -61,5 +59,3 @@ class Clock:
             self._witness = (float(view.arrival[witness]), int(view.num_output[witness]))
         else:
             self._before = self._witness = None
-        most = chunk_tokens * float(view.rungs.layers.sum())
-        self.busy += (min(1.0, float(forecast.queue[chosen]) / most) - self.busy) / _BUSY_STEPS

@@ -47,7 +47,7 @@ class Confidence:
         wanted = self._maximum(view, sure) if self._signal == "maximum" else self._q_exit(view, sure)
         place = np.clip(np.where(known, wanted, view.ceiling), view.floor, view.ceiling)
         forecast = outlook.foresee(place[None], chunks(view, 1))
-        self._clock.note(view, forecast, 0, view.step_tokens)
+        self._clock.note(view, forecast, 0)
         dropped = turned_away(outlook, forecast.late(view)[0], outlook.hopeless(view.ceiling))
         reason = reasons(view, place, Reason.CONFIDENCE)
         return settle(outlook, place, reason, dropped, view.step_tokens, self._clock.decisions)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sortserve.engine.cost import StepShape
+from sortserve.engine.estimates import steady_seconds
 from sortserve.engine.policies.prices import Prices
 from sortserve.engine.policies.protocol import NEVER_RAN, View
 from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
@@ -22,7 +23,6 @@ class Forecast:
     step: Floats  # [k] the next step
     first: Floats  # [k, n] until the next token
     last: Floats  # [k, n] until the last expected token
-    queue: Floats  # [k] rows x layers of prompts and refills
 
     def late(self, view: View, margin: float | Floats = 1.0) -> Bools:
         """[k, n] who would miss its deadline if everything took `margin` times as long."""
@@ -46,10 +46,10 @@ class Outlook:
     `cost` [n, places] seconds of machine time to the end; `order` [n] earliest deadline first, then arrival.
     """
 
-    def __init__(self, view: View, prices: Prices, *, factor: float = 1.0, busy: float = 0.0) -> None:
-        """`factor`: measured over predicted step times. `busy`: share of steps that will also have prompts to run."""
+    def __init__(self, view: View, prices: Prices, *, factor: float = 1.0) -> None:
+        """`factor`: measured over predicted step times."""
         self.view, self.prices = view, prices
-        self.factor, self.busy = factor, busy
+        self.factor = factor
         rungs = view.rungs
         self.depth = rungs.runs @ rungs.layers  # [places]
         self.left: Floats = view.expected_left.astype(np.float64)
@@ -126,7 +126,7 @@ class Outlook:
         wait = self._wait_for_place(behind & ~view.running)  # steps
         now = queue if wait is None else np.where(wait > 0, 0.0, queue)  # what the next step could take of
         part = np.minimum(1.0, most / (now.sum(1) + 1e-9))
-        mixed, decode = self._step_times(place, takes_part & ~behind, now, part)
+        mixed, decode, later = self._step_times(place, takes_part & ~behind, now, part, chunk_tokens)
         num_steps = np.ceil(total / most)[:, None]
         ahead = np.empty_like(queue)
         ahead[:, self.order] = np.cumsum(queue[:, self.order], axis=1)
@@ -134,13 +134,12 @@ class Outlook:
         first = steps * mixed[:, None]
         if wait is not None:
             first = first + wait * mixed[:, None]
-        later = decode + self.busy * np.maximum(mixed - decode, 0.0)
         beside = np.clip(num_steps - steps, 0.0, self.left - 1)  # tokens that come while the present queue lasts
         last = first + beside * mixed[:, None] + (self.left - 1 - beside) * later[:, None]
         never = ~takes_part
         first[never] = np.inf
         last[never] = np.inf
-        return Forecast(np.where(total > 0, mixed, decode), first, last, now.sum(1))
+        return Forecast(np.where(total > 0, mixed, decode), first, last)
 
     def _wait_for_place(self, waits: Bools) -> Floats | None:
         """[k, n] steps until enough of those that run have ended; None if nobody has to wait."""
@@ -153,9 +152,12 @@ class Outlook:
         stay = float(self.left[view.running].mean()) if view.running.any() else 0.0
         return np.where(waits, too_many * stay / view.max_running, 0.0)
 
-    def _step_times(self, place: Ints, single: Bools, queue: Floats, part: Floats) -> tuple[Floats, Floats]:
-        """[k] seconds of the next step, and of one without prompts. `part` [k]: of the queue that a step takes."""
-        rungs = self.view.rungs
+    def _step_times(
+        self, place: Ints, single: Bools, queue: Floats, part: Floats, chunk_tokens: Floats
+    ) -> tuple[Floats, Floats, Floats]:
+        """[k] seconds of the next step, of one without prompts, and on average of those to come, in which the prompts of
+        others begin as of late. `part` [k]: of the queue that a step takes."""
+        view, rungs = self.view, self.view.rungs
         candidates, places = len(place), len(rungs.exits)
         flat = (place + places * np.arange(candidates)[:, None]).ravel()
 
@@ -168,17 +170,31 @@ class Outlook:
         queued = by_place(queue)
         chunk = queued * part[:, None] / self.depth  # [k, places] rows
         mean_context = (queue * self.known).sum(1) / (queue.sum(1) + 1e-9)
-        rows = np.concatenate([singles + chunk, singles])  # [2k, places]
-        pairs = np.concatenate([chunk * (mean_context / 2)[:, None], np.zeros_like(chunk)])
+        none = np.zeros_like(chunk)
+        joined = by_place((queue > 0).astype(np.float64))  # whose prompts are done one day
+        mix = singles + joined
+        total = np.maximum(mix.sum(1, keepdims=True), 1.0)
+        mix = mix / total
+        later = mix * np.minimum(total, view.max_running)
+        # who comes takes the places of those that are here
+        most = chunk_tokens[:, None] * float(rungs.layers.sum()) / self.depth
+        begun = np.minimum(view.start_rows, most) * mix
+        chunks = [chunk, none, begun, most * mix]
+        pairs = [chunk * (mean_context / 2)[:, None], none, begun * (view.start_rows / 2)]
+        pairs.append(most * mix * (view.start_rows / 2))
+        rows = np.concatenate(
+            [base + chunk for base, chunk in zip([singles, later, later, later], chunks, strict=True)]
+        )
         runs = rungs.runs.astype(np.float64)
         shape = StepShape(
             rows @ runs,
             rows @ rungs.share,
             np.where((rows > 0)[:, :, None], rungs.share, 0.0).max(1),
-            np.concatenate([context, context]) @ runs,
-            pairs @ runs,
-            np.tile(singles.sum(1), 2),
+            np.tile(context @ runs, (4, 1)),
+            np.concatenate(pairs) @ runs,
+            np.tile(singles.sum(1), 4),
             "mixed",
         )
-        seconds = self.view.cost.seconds(shape) * self.factor
-        return seconds[:candidates], seconds[candidates:]
+        seconds = (view.cost.seconds(shape) * self.factor).reshape(4, candidates)
+        mixed, decode, with_prompt, full = seconds
+        return mixed, decode, steady_seconds(decode, with_prompt, full, view.starts)

@@ -68,6 +68,8 @@ class View:
     tokens_since_switch: Ints  # [n] output tokens since its sub-model changed last
     confidence: Floats  # [n] maximum probability of its last token at its exit; NaN before there is one
     steps: int = 1  # steps run since the policy was asked last
+    starts: float = 0.0  # requests that begin a second, of late
+    start_rows: float = 0.0  # prompt rows of one of them, on average
 
     @property
     def known(self) -> Ints:

@@ -116,7 +116,7 @@ class Slack:
         waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
         chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
         self._setting = settings[chosen]
-        self.clock.note(view, forecast, chosen, float(chunk[chosen]))
+        self.clock.note(view, forecast, chosen)
         few, many = forecast.late(view)[-2:]
         gone = dropped[chosen] | turned_away(outlook, few & many, hopeless)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])

@@ -42,7 +42,7 @@ class SlackFit:
             chosen = int(np.lexsort((chunk, np.repeat(places, len(_PARTS)), fits))[-1])
         else:
             chosen = int(np.lexsort((chunk, stretch))[-1])
-        self._clock.note(view, forecast, chosen, float(chunk[chosen]))
+        self._clock.note(view, forecast, chosen)
         dropped = turned_away(outlook, forecast.late(view)[chosen], hopeless)
         reason = reasons(view, place[chosen], Reason.DEADLINE)
         return settle(outlook, place[chosen], reason, dropped, int(chunk[chosen]), self._clock.decisions)

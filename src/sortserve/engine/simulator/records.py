@@ -22,6 +22,8 @@ class Records:
         self.outcome: Ints = np.full(count, WAITS, np.int64)
         self.first_token: Floats = np.full(count, -np.inf)
         self.last_token: Floats = np.full(count, -np.inf)
+        self.predicted: Floats = np.full(count, np.nan)  # seconds from arrival to the last token, told as it began
+        self.predicted_p90: Floats = np.full(count, np.nan)
         self.met: Bools = np.zeros(count, np.bool_)
         self.quality: Floats = np.zeros(count)  # averaged over output tokens; 0 if there are none
         self.made: Ints = np.zeros((count, num_places), np.int64)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sortserve.engine.cost import StepCost, StepShape
+from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.policies.protocol import NEVER_RAN, Decision, Policy, Reason, View
 from sortserve.engine.rungs import Floats, Ints, Rungs
 from sortserve.engine.simulator.live import Live
@@ -44,6 +45,7 @@ class ReplicaConfig:
     noise: float = 0.0  # standard deviation of the logarithm of step times
     noise_seed: int = 0
     stalls: Sequence[tuple[float, float]] = ()  # (when, how long) the machine stands still; the clock does not
+    predicts: bool = False  # note when each request was thought to end, as it began
     patience: float = np.inf  # seconds after which a request without a budget counts as due in the order of a step
 
 
@@ -82,6 +84,8 @@ class Replica:
         self._noise = np.exp(config.noise * np.random.default_rng(config.noise_seed).standard_normal(NOISE_STEPS))
         self._confidence = np.random.default_rng(1).random(NOISE_STEPS) ** 0.35
         self._stalls = sorted(config.stalls)
+        self._foreteller = Foreteller()
+        self._foretold: dict[int, tuple[float, float]] = {}  # by request: when it was, and how many seconds from then
         self._num_steps = 0
 
     # ---- in
@@ -159,6 +163,8 @@ class Replica:
             tokens_since_switch=live.num_output - live.switched_at,
             confidence=live.confidence,
             steps=max(1, self._since_asked),
+            starts=self._foreteller.traffic.rate(self.now),
+            start_rows=self._foreteller.traffic.rows,
         )
 
     def _compose(self) -> _Step | None:
@@ -301,9 +307,22 @@ class Replica:
         done[sampled] = live.num_output[sampled] >= live.target[sampled]
         if done.any():
             self.records.finish(live, np.flatnonzero(done), self._config.rungs.quality)
+            for number in live.id[done].tolist() if self._foretold else ():
+                began, seconds = self._foretold.pop(number)
+                self._foreteller.ended(seconds, self.now - began)
             live.keep(~done)
         if done.any() or not decode:
             self._decision = None
+
+    def _predict(self, step: _Step, new: Ints) -> None:
+        view = step.view
+        assert self._decision is not None
+        last = self._foreteller.foretell(view, step.place, self._decision.chunk_tokens)[1][new]
+        number, waited = self.live.id[new], view.now - view.arrival[new]
+        self._foretold.update(zip(number.tolist(), zip([view.now] * len(new), last.tolist(), strict=True), strict=True))
+        last = last * self._foreteller.factor
+        self.records.predicted[number] = waited + last
+        self.records.predicted_p90[number] = waited + last * self._foreteller.spread
 
     def _note_places(self, step: _Step) -> None:
         """Count changes of sub-model with their reasons; take over what the prefix cache has."""
@@ -312,6 +331,10 @@ class Replica:
         fresh = live.place[ran] == NEVER_RAN
         new = ran[fresh]
         live.adopted[new] = live.cached[new, place[fresh]]
+        if self._config.predicts and len(new):
+            self._predict(step, new)
+        for rows in (live.num_prompt[new] - live.adopted[new]).tolist():
+            self._foreteller.traffic.note(self.now, rows)
         changed = ~fresh & (place != live.place[ran])
         if not changed.any():
             return
