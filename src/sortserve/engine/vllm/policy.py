@@ -1,177 +1,213 @@
-"""The shared policies inside vLLM: they see the same arrays as in our own engine, made of the scheduler's records.
+"""The shared policies inside vLLM: they see the same arrays as in our own engine, made of what its scheduler knows.
 
-What differs is declared as data: no refill (going deeper means computing the sequence again), nobody sits out, K/V are
-always of one sub-model. The costs are learned from the steps themselves: until enough of them ran to fit a table, which
-the warm-up's requests see to, nothing is predicted and everybody runs the best that they may.
+What differs is declared as data: no refill (going deeper means computing the sequence again) and nobody sits out. The costs
+are learned from the steps themselves; until enough of them ran, which the warm-up's requests see to, nothing is predicted
+and everybody runs the best that they may. No vLLM here, and no torch.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from sortserve.engine.cost import CostTable, StepCost, StepShape
-from sortserve.engine.cost_fit import Measured, fit_table
-from sortserve.engine.cost_model import CostModel
+from sortserve.engine.cost_file import encode_cost
+from sortserve.engine.errors import StartupError
 from sortserve.engine.estimates import decode_shape
-from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
-from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Policy, Reason, View
+from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
-from sortserve.engine.settings import SettingsTable
-from sortserve.engine.vllm.deciding import Choice, Record
+from sortserve.engine.vllm.deciding import CAPABILITIES, Answer, MeasuredStep, Setup, Standing
+from sortserve.engine.vllm.learned import LearnedCost, shape_of
 
-CAPABILITIES: frozenset[str] = frozenset()
-"""Of refill, sit_out and reuse: none of them."""
+FACTORY = "sortserve.engine.vllm.policy:policy_decider"
 ASK_EVERY = 8
+"""Steps after which the policy is asked even if nothing happened, as in our own engine (`engine/deciding.py`)."""
 ASK_SECONDS = 0.25
-ENOUGH_STEPS = 48
-"""Measured steps that a first table is fitted to; again at twice as many, and so on up to MOST_STEPS."""
-MOST_STEPS = 1536
-MOST_BUCKET = 128
+CUT_RESERVE_SECONDS = 0.004
+"""Kept back by the `cut` policy for the way to the socket, which has a process more than the native engine's."""
 
 
-class LearnedCost:
-    """A cost model that comes to be once enough steps ran, and learns from every later one."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a change of asks the policy anew."""
 
-    def __init__(self, rungs: Rungs) -> None:
-        self.model: CostModel | None = None
-        self._rungs = rungs
-        self._measured: list[Measured] = []
-        self._next_fit = ENOUGH_STEPS
-
-    @property
-    def now(self) -> StepCost:
-        """What to price steps with; steps are free before the first fit, so that no deadline seems at risk."""
-        return CostTable.free(self._rungs) if self.model is None else self.model
-
-    def note(self, shape: StepShape, seconds: float) -> None:
-        """A step ran."""
-        if self.model is not None:
-            self.model.observe(shape, seconds)
-        if len(self._measured) >= MOST_STEPS:
-            return
-        self._measured.append(Measured(shape, seconds))
-        if len(self._measured) == self._next_fit:
-            self._next_fit *= 2
-            most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
-            buckets = [1 << power for power in range(int(min(most, MOST_BUCKET)).bit_length())]
-            self.model = CostModel(fit_table(self._rungs.layers, buckets, self._measured))
+    num_output: int
+    prompt_left: bool
+    running: bool
 
 
 class PolicyDecider:
     """Asks one of our policies when something happened, and every few steps."""
 
-    def __init__(self, ladder: Ladder, policy: str | Policy, *, step_tokens: int, max_running: int) -> None:
-        self.rungs = Rungs.of(ladder, SettingsTable(ladder))
+    def __init__(self, setup: Setup, policy: Policy, *, chunks: bool = True) -> None:
+        """`chunks`: let the policy limit the rows of prompts in a step."""
+        self.rungs = Rungs.of(setup.ladder, setup.settings)
         self.cost = LearnedCost(self.rungs)
-        self._policy = make_policy(policy, self.rungs) if isinstance(policy, str) else policy
+        self._setup, self._policy, self._chunks = setup, policy, chunks
         self._lengths = AnswerLengths()
-        self._step_tokens, self._max_running = step_tokens, max_running
-        self._answer: dict[str, Choice] = {}
-        self._outputs: dict[str, int] = {}  # output tokens by request, as seen last
+        self._answer = Answer()
+        self._seen: dict[str, _Seen] = {}
         self._steps = 0
         self._until = -np.inf
 
-    def note(self, shape: StepShape, seconds: float) -> None:
+    def measured(self, step: MeasuredStep) -> None:
         """See Decider."""
-        self.cost.note(shape, seconds)
+        self.cost.note(shape_of(self.rungs, step), step.seconds)
 
-    def decide(self, requests: Sequence[Record], now: float) -> Mapping[str, Choice]:
+    def stats(self) -> Mapping[str, Any]:
+        """What the front end predicts with, and how good predictions were: JSON of the costs, and errors by kind of step."""
+        model = self.cost.model
+        if model is None or self.cost.table is None:
+            return {"steps": self.cost.steps}
+        errors = {kind: [each.steps, each.median, each.covered] for kind, each in model.errors().items()}
+        return {"steps": self.cost.steps, "cost": encode_cost(self.cost.table), "errors": errors}
+
+    def decide(self, requests: Sequence[Standing], now: float) -> Answer:
         """See Decider."""
-        seen = {each.request_id: each.num_output for each in requests}
-        for gone in self._outputs.keys() - seen.keys():
-            if self._outputs[gone]:
-                self._lengths.observe(self._outputs[gone])
-        news = seen.keys() != self._outputs.keys()
-        self._outputs = seen
+        news = self._look(requests)
         self._steps += 1
         if requests and (news or self._steps >= ASK_EVERY or now >= self._until):
+            view = self.view(requests, now)
+            self._answer = self._ask(view, requests)
             self._steps, self._until = 0, now + ASK_SECONDS
-            self._answer = self._ask(self.view(requests, now), requests)
+        late = self._too_late(requests, now)
+        if late:
+            return Answer(
+                self._answer.place, self._answer.reason, self._answer.refuse, late, self._answer.chunk_tokens
+            )
         return self._answer
 
-    def _ask(self, view: View, requests: Sequence[Record]) -> dict[str, Choice]:
-        decision = self._policy.decide(view)
-        answer = {}
-        for row, each in enumerate(requests):
-            place, refuse = int(decision.place[row]), bool(decision.refuse[row])
-            if place == SITS_OUT:  # refused, or a policy that does not read what we can do: it goes on as it is
-                place = each.floor if each.place == NEVER_RAN else each.place
-            assert refuse or each.floor <= place <= each.ceiling, "a policy broke a floor or a ceiling"
-            late = each.budget is not None and each.budget.policy == "cut" and self._too_late(view, row)
-            answer[each.request_id] = Choice(place, Reason(int(decision.reason[row])), refuse, late)
-        return answer
+    def _look(self, requests: Sequence[Standing]) -> bool:
+        """Note who is there; whether somebody came, went, began, or was preempted."""
+        seen = {
+            each.request_id: _Seen(
+                each.num_output, each.num_computed < each.num_prompt + each.num_output - 1, each.running
+            )
+            for each in requests
+        }
+        for gone in self._seen.keys() - seen.keys():
+            if self._seen[gone].num_output:
+                self._lengths.observe(self._seen[gone].num_output)
+        before, self._seen = self._seen, seen
+        if before.keys() != seen.keys():
+            return True
+        return any(
+            (each.prompt_left, each.running) != (before[name].prompt_left, before[name].running)
+            for name, each in seen.items()
+        )
 
-    def _too_late(self, view: View, row: int) -> bool:
-        """Whether one more token, on the row's place and with everybody else, would come after its total."""
-        total = view.arrival[row] + self._total[row]
+    def _ask(self, view: View, requests: Sequence[Standing]) -> Answer:
+        decision: Decision = self._policy.decide(view)
+        # who is turned away but may not be refused, by a policy that does not read what we can do: goes on as it is
+        stays = np.where(view.place == NEVER_RAN, view.floor, view.place)
+        place = np.where(decision.place == SITS_OUT, stays, decision.place)
+        assert ((place >= view.floor) & (place <= view.ceiling)).all(), "a policy broke a floor or a ceiling"
+        refused = [each.request_id for each, refuse in zip(requests, decision.refuse, strict=True) if refuse]
+        names = [each.request_id for each in requests]
+        return Answer(
+            dict(zip(names, place.tolist(), strict=True)),
+            dict(zip(names, decision.reason.tolist(), strict=True)),
+            frozenset(refused),
+            chunk_tokens=max(1, decision.chunk_tokens) if self._chunks else None,
+        )
+
+    def _too_late(self, requests: Sequence[Standing], now: float) -> frozenset[str]:
+        """Those under the `cut` policy whose next token, with everybody else's, would come after their total."""
+        asked = [
+            each
+            for each in requests
+            if each.budget is not None and each.budget.policy == "cut" and each.budget.total_ms is not None
+        ]
+        if not asked:
+            return frozenset()
         counts = np.zeros(len(self.rungs.exits))
-        np.add.at(counts, np.where(view.place == NEVER_RAN, view.floor, view.place), 1.0)
-        return bool(view.now + float(view.cost.seconds(decode_shape(self.rungs, counts))) > total)
+        for each in requests:
+            if each.running:
+                counts[max(each.place, 0)] += 1.0
+        context = float(np.mean([each.num_prompt + each.num_output for each in requests]))
+        late = set()
+        for each in asked:
+            assert each.budget is not None
+            assert each.budget.total_ms is not None
+            due = each.arrival + each.budget.total_ms / 1e3
+            alone = np.eye(len(counts))[max(each.place, each.floor)]
+            step = float(self.cost.now.p90(decode_shape(self.rungs, counts if each.running else counts + alone, context)))
+            if now + step + CUT_RESERVE_SECONDS > due:
+                late.add(each.request_id)
+        return frozenset(late)
 
-    def view(self, requests: Sequence[Record], now: float) -> View:
+    def view(self, requests: Sequence[Standing], now: float) -> View:
         """All requests in arrays."""
 
         def ints(name: str) -> Ints:
             return np.array([getattr(each, name) for each in requests], np.int64)
 
+        def flags(name: str) -> Bools:
+            return np.array([getattr(each, name) for each in requests], np.bool_)
+
         place, num_output = ints("place"), ints("num_output")
-        ignore_eos: Bools = np.array([each.ignore_eos for each in requests], np.bool_)
-        expected = self._lengths.expected_left_of(num_output, ints("max_tokens") - num_output, ignore_eos)
-        arrival = np.array([each.arrival for each in requests])
-        self._total = _seconds(requests, "total_ms")
+        expected = self._lengths.expected_left_of(num_output, ints("max_tokens") - num_output, flags("ignore_eos"))
         first, last, upcoming = _due(requests, num_output + expected)
         budgets = [each.budget for each in requests]
-        runs = self.rungs.runs[np.maximum(place, 0)] & (place != NEVER_RAN)[:, None]
         return View(
             now=now,
             rungs=self.rungs,
             cost=self.cost.now,
-            step_tokens=self._step_tokens,
-            max_running=self._max_running,
+            step_tokens=self._setup.step_tokens,
+            max_running=self._setup.max_running,
             capabilities=CAPABILITIES,
-            arrival=arrival,
-            running=np.array([each.running for each in requests], np.bool_),
+            arrival=np.array([each.arrival for each in requests]),
+            running=flags("running"),
             place=place,
             floor=ints("floor"),
             ceiling=ints("ceiling"),
             num_prompt=ints("num_prompt"),
             num_output=num_output,
             expected_left=expected,
-            computed=np.where(runs, ints("num_computed")[:, None], 0),
+            computed=self._computed(requests),
             cached=np.zeros((len(requests), len(self.rungs.exits)), np.int64),
             resumable=np.zeros(len(requests), np.bool_),
-            exact=np.ones(len(requests), np.bool_),
+            exact=flags("exact"),
             strict=np.array([budget is not None and budget.policy == "strict" for budget in budgets], np.bool_),
             budgeted=np.array([budget is not None for budget in budgets], np.bool_),
             first_due=first,
             last_due=last,
             next_due=upcoming,
-            tokens_since_switch=num_output - ints("last_switch"),
+            tokens_since_switch=ints("tokens_since_switch"),
             confidence=np.full(len(requests), np.nan),
             steps=max(1, self._steps),
         )
 
+    def _computed(self, requests: Sequence[Standing]) -> Ints:
+        """[n, segments] tokens with K/V: as deep as the shallowest place that made some of them."""
+        depth = np.array([min((self.rungs.exits[place] for place in each.used), default=0) for each in requests], np.int64)
+        tokens = np.array([each.num_computed for each in requests], np.int64)
+        return np.where(np.arange(self.rungs.num_segments) < depth[:, None], tokens[:, None], 0)
 
-def _seconds(requests: Sequence[Record], name: str) -> Floats:
-    """[n] of a budget's constraint; inf where it is not given."""
-    found = [None if each.budget is None else getattr(each.budget, name) for each in requests]
-    return np.array([np.inf if ms is None else ms / 1e3 for ms in found])
+
+def policy_decider(setup: Setup) -> PolicyDecider:
+    """Made by vLLM's scheduler. Options: `policy` (a name), `submodel` (an id, for the policy `fixed`). Raises StartupError."""
+    name, pinned = setup.options.get("policy", "slack"), setup.options.get("submodel")
+    options = {} if pinned is None else {"place": setup.ladder.place(pinned)}
+    try:
+        return PolicyDecider(setup, make_policy(name, Rungs.of(setup.ladder, setup.settings), **options))
+    except ValueError as error:
+        raise StartupError(str(error), param="policy") from error
 
 
-def _due(requests: Sequence[Record], last_number: Ints) -> tuple[Floats, Floats, Floats]:
+def _due(requests: Sequence[Standing], last_number: Ints) -> tuple[Floats, Floats, Floats]:
     """[n] when the first token, the last expected one, and the nearer of the next and the last are due."""
     rows = []
     for each, last in zip(requests, last_number.tolist(), strict=True):
-        if each.budget is None:
+        budget = each.budget
+        if budget is None:
             rows.append((np.inf, np.inf, np.inf))
             continue
-
-        def due(number: int, each: Record = each, last: int = last) -> float:
-            assert each.budget is not None
-            return each.budget.due(number, each.arrival, each.first_token, last)
-
-        rows.append((due(1), due(last), min(due(each.num_output + 1), due(last))))
-    first, final, upcoming = np.array(rows, np.float64).reshape(-1, 3).T
-    return first, final, upcoming
+        first, final, upcoming = (
+            budget.due(number, each.arrival, each.first_token, last) for number in (1, last, each.num_output + 1)
+        )
+        rows.append((first, final, min(upcoming, final)))
+    first_due, last_due, next_due = np.array(rows, np.float64).reshape(-1, 3).T
+    return first_due, last_due, next_due
