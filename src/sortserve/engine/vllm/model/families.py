@@ -1,0 +1,48 @@
+"""The four families as vLLM model classes: stock ones whose layers run in segments and whose FFNs are width blocks."""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from sortserve.engine.vllm.configuration import Configuration
+from sortserve.engine.vllm.model.loop import replace_ffns, rows_of_step, run_segments
+
+
+class SortedMixin:
+    """Stands before a stock class. `forward` reads which rows run what from vLLM's forward context."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        inner = f"{prefix}.model" if prefix else "model"
+        replace_ffns(self.model, Configuration.of_vllm(vllm_config).ladder, inner)  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Normed hidden states [rows, hidden]."""
+        assert intermediate_tensors is None, "pipeline parallelism is refused at start"
+        return run_segments(self.model, input_ids, positions, inputs_embeds, rows_of_step())  # type: ignore[attr-defined]
+
+
+class SortedLlamaForCausalLM(SortedMixin, LlamaForCausalLM):
+    """Llama."""
+
+
+class SortedMistralForCausalLM(SortedMixin, MistralForCausalLM):
+    """Mistral."""
+
+
+class SortedQwen2ForCausalLM(SortedMixin, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5."""
+
+
+class SortedQwen3ForCausalLM(SortedMixin, Qwen3ForCausalLM):
+    """Qwen3."""
