@@ -191,8 +191,7 @@ class EngineConnection:
             self._over = why
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
-        if self._process.returncode is None:
-            self._kill_group()  # also ends one that was stopped
+        self._kill_group()  # also one that was stopped; a process that died may leave others behind
         self._loaded.cancel()
         for request_id in list(self._streams):
             self._fail(request_id)
@@ -205,7 +204,7 @@ class EngineConnection:
 
     def _kill_group(self) -> None:
         """The process and those that it started (vLLM's engine core): it leads a session of its own."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> None:

@@ -40,10 +40,10 @@ def encode_cost(table: CostTable, about: dict[str, str] | None = None) -> bytes:
         layer=table.layer.tolist(),
         ffn=table.ffn.tolist(),
         head=table.head.tolist(),
-        base=table.base,
-        context_seconds=table.context_seconds,
-        pair_seconds=table.pair_seconds,
-        spread=table.spread,
+        base=float(table.base),
+        context_seconds=float(table.context_seconds),
+        pair_seconds=float(table.pair_seconds),
+        spread=float(table.spread),
         about=about or {},
     )
     return msgspec.json.encode(file)

@@ -286,7 +286,8 @@ class Replica:
         live.running[ran] = True
         live.place[ran] = place
         full_again = after[ran, 0] == after[ran, self._config.rungs.exits[live.ceiling[ran]] - 1]
-        live.resumable[ran] |= full_again
+        if "refill" in self._config.capabilities:
+            live.resumable[ran] |= full_again
         self.memory.publish(live, ran)
         sampled = ran[stop == live.known[ran]]
         fresh = sampled[live.num_output[sampled] == 0]

@@ -53,6 +53,7 @@ class Standing:
     last_token: float | None
     tokens_since_switch: int
     used: frozenset[int] = frozenset()  # places that computed the K/V it has
+    ignore_eos: bool = False  # it makes all of `max_tokens`
 
 
 @dataclass(frozen=True, slots=True)

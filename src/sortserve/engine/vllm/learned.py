@@ -53,7 +53,9 @@ class LearnedCost:
             self._next_fit *= 2
             most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
             powers = int(min(most, MOST_BUCKET)).bit_length()
-            self.model = CostModel(fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured))
+            self.model = CostModel(
+                fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
+            )
 
 
 def shape_of(rungs: Rungs, step: MeasuredStep) -> StepShape:
@@ -78,4 +80,3 @@ def shape_of(rungs: Rungs, step: MeasuredStep) -> StepShape:
         np.asarray(float(requests.sum())),
         "mixed" if step.had_prompt else "decode",
     )
-

@@ -74,9 +74,7 @@ class PolicyDecider:
             self._steps, self._until = 0, now + ASK_SECONDS
         late = self._too_late(requests, now)
         if late:
-            return Answer(
-                self._answer.place, self._answer.reason, self._answer.refuse, late, self._answer.chunk_tokens
-            )
+            return Answer(self._answer.place, self._answer.reason, self._answer.refuse, late, self._answer.chunk_tokens)
         return self._answer
 
     def _look(self, requests: Sequence[Standing]) -> bool:
@@ -133,7 +131,9 @@ class PolicyDecider:
             assert each.budget.total_ms is not None
             due = each.arrival + each.budget.total_ms / 1e3
             alone = np.eye(len(counts))[max(each.place, each.floor)]
-            step = float(self.cost.now.p90(decode_shape(self.rungs, counts if each.running else counts + alone, context)))
+            step = float(
+                self.cost.now.p90(decode_shape(self.rungs, counts if each.running else counts + alone, context))
+            )
             if now + step + CUT_RESERVE_SECONDS > due:
                 late.add(each.request_id)
         return frozenset(late)
@@ -182,13 +182,15 @@ class PolicyDecider:
 
     def _computed(self, requests: Sequence[Standing]) -> Ints:
         """[n, segments] tokens with K/V: as deep as the shallowest place that made some of them."""
-        depth = np.array([min((self.rungs.exits[place] for place in each.used), default=0) for each in requests], np.int64)
+        depth = np.array(
+            [min((self.rungs.exits[place] for place in each.used), default=0) for each in requests], np.int64
+        )
         tokens = np.array([each.num_computed for each in requests], np.int64)
         return np.where(np.arange(self.rungs.num_segments) < depth[:, None], tokens[:, None], 0)
 
 
 def policy_decider(setup: Setup) -> PolicyDecider:
-    """Made by vLLM's scheduler. Options: `policy` (a name), `submodel` (an id, for the policy `fixed`). Raises StartupError."""
+    """For vLLM's scheduler. Options: `policy`, a name; `submodel`, an id, for the policy `fixed`. Raises StartupError."""
     name, pinned = setup.options.get("policy", "slack"), setup.options.get("submodel")
     options = {} if pinned is None else {"place": setup.ladder.place(pinned)}
     try:

@@ -1,107 +1,161 @@
 """The engine process of `--backend vllm`: `python -m sortserve.engine.vllm.process SOCKET`, started by the supervisor.
 
 It speaks the messages of our own engine process, so that the supervisor sees a crash, a hang and a drain alike. vLLM's
-engine core is a process below this one; if that dies, this one exits, and the supervisor starts both again.
+engine core is a process below this one; if that dies, this one exits, and the supervisor ends what is left of both and
+starts them again.
 """
 
 import asyncio
-import json
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import zmq
 import zmq.asyncio
 
 from sortserve.engine import messages
-from sortserve.engine.admission import Limits
-from sortserve.engine.config import DTYPE_BYTES, EngineConfig, load_model_config
-from sortserve.engine.errors import StartupError
-from sortserve.engine.ladder import Ladder
+from sortserve.engine.config import EngineConfig
+from sortserve.engine.cost_file import write_cost
+from sortserve.engine.errors import NotFoundError, StartupError
 from sortserve.engine.logs import configure_logging
 from sortserve.engine.messages import Abort, Answer, Ask, Happened, Load, Loaded, NotLoaded, Stop, Stopped, Submit
-from sortserve.engine.protocol import EngineInfo, Event, GenerateRequest
-from sortserve.engine.sampling import SamplingParams
-from sortserve.engine.vllm.policy import CAPABILITIES, ENOUGH_STEPS
+from sortserve.engine.profile_cache import cache_folder
+from sortserve.engine.protocol import EngineInfo, Event
+from sortserve.engine.vllm.outlook import Outlook
+from sortserve.engine.vllm.start import load, set_environment, stats_address
+from sortserve.engine.vllm.warm_up import warm_up
+
+if TYPE_CHECKING:
+    from sortserve.engine.vllm.front import Front  # imports vLLM
 
 _LOG = logging.getLogger(__name__)
-WARM_UP_TOKENS = 6
-WARM_UP_ROWS = (1, 2, 4, 8)
-LADDER_FILE = "ladder.json"
+_LAST_WORDS_MILLISECONDS = 2000
+_SHUTDOWN_SECONDS = 3.0
 
 
 async def serve(endpoint: str) -> int:
     """Bind, load what is asked for, and run until told to stop; the exit code."""
     context = zmq.asyncio.Context()
-    socket = context.socket(zmq.PAIR)
+    socket, reports = context.socket(zmq.PAIR), context.socket(zmq.PULL)
     socket.set_hwm(0)
-    socket.linger = 2000
     socket.bind(endpoint)
-    command = messages.decode_command(await socket.recv())
-    assert isinstance(command, Load), "the first command is what to load"
-    configure_logging(command.log_level, command.log_format)
-    began = time.monotonic()
+    reports.bind(stats_address(endpoint))
     try:
-        llm, info, limits = _load(command.config)
-    except StartupError as error:
-        await socket.send(messages.encode(NotLoaded(type(error).__name__, error.message, error.param)))
-        context.destroy(linger=2000)
-        return 2
-    from sortserve.engine.vllm.front import Front
-
-    dead = asyncio.Event()
-    saying: asyncio.Queue[messages.Report] = asyncio.Queue()
-    front = Front(llm, info.ladder, limits, lambda events: _put(saying, events), dead.set)
-    if command.config.warmup:
-        await _warm_up(front, saying, info)
-    took = time.monotonic() - began
-    _LOG.info("vLLM loaded %s in %.1f s: %d sub-models", info.model, took, len(info.ladder.entries))
-    saying.put_nowait(Loaded(info))
-    code = await _loop(socket, front, saying, dead)
-    llm.shutdown()
-    context.destroy(linger=2000)
-    return code
+        command = messages.decode_command(await socket.recv())
+        assert isinstance(command, Load), "the first command is what to load"
+        configure_logging(command.log_level, command.log_format)
+        set_environment(command.log_level, command.log_format)
+        began = time.monotonic()
+        try:
+            llm, info = load(command.config, stats_address(endpoint))
+        except (StartupError, NotFoundError) as error:
+            kind = StartupError if isinstance(error, NotFoundError) else type(error)
+            await socket.send(messages.encode(NotLoaded(kind.__name__, error.message, error.param)))
+            return 2
+        return await _run(_Loaded(command.config, llm, info, began), socket, reports)
+    finally:
+        context.destroy(linger=_LAST_WORDS_MILLISECONDS)
 
 
-def _put(saying: "asyncio.Queue[messages.Report]", events: list[Event]) -> None:
-    if events:
-        saying.put_nowait(Happened(events))
+class _Loaded:
+    """An engine that was started, and what it says."""
+
+    def __init__(self, config: EngineConfig, llm: Any, info: EngineInfo, began: float) -> None:
+        from sortserve.engine.vllm.front import Front
+
+        self.config, self.llm, self.info, self.began = config, llm, info, began
+        self.says: asyncio.Queue[messages.Report] = asyncio.Queue()
+        self.dead = asyncio.Event()
+        self.pulses: set[asyncio.Task[None]] = set()
+        self.mute = True  # while it warms up
+        self.outlook = Outlook(info.ladder, config.max_step_tokens, info.kv_blocks)
+        unasked = None if config.fixed_submodel is None else info.ladder.place(config.fixed_submodel)
+        self.front: Front = Front(
+            llm,
+            info,
+            self.outlook,
+            config.max_waiting,
+            self._tell,
+            self.dead.set,
+            unasked=unasked,
+        )
+
+    def _tell(self, events: list[Event]) -> None:
+        if events and not self.mute:
+            self.says.put_nowait(Happened(events))
+
+    async def warm(self) -> None:
+        """First requests, and the costs that they gave kept for a simulation."""
+        config = self.config
+        if config.warmup:
+            warming = asyncio.create_task(warm_up(self.front, self.info, config.max_running, config.max_step_tokens))
+            died = asyncio.create_task(self.dead.wait())
+            await asyncio.wait({warming, died}, return_when=asyncio.FIRST_COMPLETED)
+            died.cancel()
+            if not warming.done():
+                warming.cancel()
+                return
+            warming.result()
+            if config.profile_cache:
+                _keep(self.outlook, self.info)
+        self.mute = False
 
 
-async def _loop(
-    socket: zmq.asyncio.Socket, front: Any, saying: "asyncio.Queue[messages.Report]", dead: asyncio.Event
-) -> int:
-    """Obey and report until told to stop, or until vLLM's engine core is dead."""
+async def _run(engine: _Loaded, socket: zmq.asyncio.Socket, reports: zmq.asyncio.Socket) -> int:
+    """Warm up, then obey and report until told to stop, or until vLLM's engine core is dead."""
 
-    async def report() -> None:
+    async def say() -> None:
         while True:
-            await socket.send(messages.encode(await saying.get()))
+            await socket.send(messages.encode(await engine.says.get()))
+            engine.says.task_done()
 
-    reporter = asyncio.create_task(report())
-    died = asyncio.create_task(dead.wait())
-    hearing = asyncio.create_task(_hear(socket))
+    async def read() -> None:
+        while True:
+            engine.outlook.read(await reports.recv())
+
+    helpers = [asyncio.create_task(each) for each in (say(), read())]
+    died = asyncio.create_task(engine.dead.wait())
+    hearing: asyncio.Task[bytes] | None = None
     try:
+        await engine.warm()
+        if not engine.dead.is_set():
+            info = msgspec.structs.replace(engine.info, load_seconds=time.monotonic() - engine.began)
+            _LOG.info(
+                "vLLM has %s after %.1f s: %d sub-models, exits %s, context %d",
+                info.model,
+                info.load_seconds,
+                len(info.ladder.entries),
+                "/".join(map(str, info.ladder.exits)),
+                info.max_model_len,
+            )
+            engine.says.put_nowait(Loaded(info))
         while True:
-            await asyncio.wait({hearing, died}, return_when=asyncio.FIRST_COMPLETED)
+            hearing = asyncio.create_task(_hear(socket))
+            await asyncio.wait({hearing, died, *helpers}, return_when=asyncio.FIRST_COMPLETED)
+            for helper in helpers:
+                if helper.done():
+                    helper.result()  # raises
             if died.done():
                 _LOG.error("vLLM's engine core is dead")
                 return 1
             command = messages.decode_command(hearing.result())
             if isinstance(command, Stop):
-                await front.finish()
-                while not saying.empty():
-                    await asyncio.sleep(0)
-                saying.put_nowait(Stopped())
-                await asyncio.sleep(0.05)
+                await engine.front.finish()
+                engine.says.put_nowait(Stopped())
+                await engine.says.join()
+                engine.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
                 return 0
-            _obey(command, front, saying)
-            hearing = asyncio.create_task(_hear(socket))
+            _obey(command, engine)
     finally:
-        for task in (reporter, died, hearing):
+        for task in (*helpers, died, *(() if hearing is None else (hearing,))):
             task.cancel()
 
 
@@ -110,124 +164,63 @@ async def _hear(socket: zmq.asyncio.Socket) -> bytes:
     return content
 
 
-def _obey(command: messages.Command, front: Any, saying: "asyncio.Queue[messages.Report]") -> None:
+def _obey(command: messages.Command, engine: _Loaded) -> None:
+    front, says = engine.front, engine.says
     if isinstance(command, Submit):
         front.submit(command.request)
     elif isinstance(command, Abort):
         front.abort(command.request_id)
     elif isinstance(command, Ask):
         if command.subject == "stats":
-            saying.put_nowait(Answer(command.number, stats=front.stats()))
+            says.put_nowait(Answer(command.number, stats=front.stats()))
         elif command.subject == "predictions":
-            saying.put_nowait(Answer(command.number, predictions=front.predict(command.prompt_tokens)))
+            says.put_nowait(Answer(command.number, predictions=front.predict(command.prompt_tokens)))
         else:
-            saying.put_nowait(Answer(command.number))
+            pulse = asyncio.create_task(_pulse(front, says, command.number))
+            engine.pulses.add(pulse)
+            pulse.add_done_callback(engine.pulses.discard)
 
 
-def engine_arguments(config: EngineConfig) -> dict[str, Any]:
-    """Keyword arguments of vLLM's AsyncEngineArgs. What the user gave for vLLM itself wins over what we derive."""
-    from sortserve.engine.vllm.plugin import engine_overrides
-
-    ladder = config.ladder_path or config.model_folder / LADDER_FILE
-    given: dict[str, Any] = {
-        "model": str(config.model_folder),
-        "served_model_name": config.model_name,
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
-        "max_num_batched_tokens": max(config.max_step_tokens, config.max_running),
-        "max_num_seqs": config.max_running,
-        "enable_prefix_caching": config.prefix_cache,
-        "disable_log_stats": True,
-        "kv_cache_memory_bytes": config.kv_bytes,
-    }
-    given |= engine_overrides(config.model_folder, ladder if ladder.exists() else None, config.policy)
-    given |= parsed(config.vllm_args)
-    return {name: value for name, value in given.items() if value is not None}
+async def _pulse(front: "Front", says: "asyncio.Queue[messages.Report]", number: int) -> None:
+    """Answered by the engine core: if that hangs there is no answer, and the supervisor sees it."""
+    with contextlib.suppress(Exception):  # it is dead, which `front` has told
+        await front.pulse()
+        says.put_nowait(Answer(number))
 
 
-def parsed(arguments: tuple[str, ...]) -> dict[str, Any]:
-    """`name=value` each, the value as JSON where it is JSON, else as text. Raises StartupError."""
-    found: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or not name.isidentifier():
-            raise StartupError(f"--vllm-arg is {argument!r}, must be name=value", param="vllm_args")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
-
-
-def _load(config: EngineConfig) -> tuple[Any, EngineInfo, Limits]:
+def _keep(outlook: Outlook, info: EngineInfo) -> None:
+    """The costs as a file that `sortserve simulate --cost` reads."""
+    if outlook.cost is None:
+        return
     try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ModuleNotFoundError as error:
-        raise StartupError(
-            f"--backend vllm needs {error.name}, which is not installed: pip install 'sortserve[vllm]'", param="backend"
-        ) from error
-    model = load_model_config(config.model_folder)
-    path = config.ladder_path or config.model_folder / LADDER_FILE
-    ladder = Ladder.load(path, model.shape) if path.exists() else Ladder.of(model.shape, [])
-    try:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(config)))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise StartupError(f"vLLM does not start: {error}", param="backend") from error
-    settings = llm.vllm_config
-    max_model_len = int(settings.model_config.max_model_len)
-    info = EngineInfo(
-        model=config.model_name,
-        ladder=ladder,
-        max_model_len=max_model_len,
-        vocab_size=model.shape.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        capabilities=CAPABILITIES,
-        weight_bytes=ladder.costs[-1].weight_bytes * DTYPE_BYTES.get(config.dtype, 2) // model.shape.dtype_bytes,
-        kv_bytes=int(settings.cache_config.kv_cache_memory_bytes or 0),
-        block_tokens=int(settings.cache_config.block_size or 0),
-        kv_blocks=int(settings.cache_config.num_gpu_blocks or 0),
-    )
-    return llm, info, Limits(max_model_len, model.shape.vocab_size, config.max_waiting)
+        path = cache_folder() / f"vllm-{info.model.replace('/', '-')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_cost(path, outlook.cost, {"model": info.model, "backend": "vllm"})
+        _LOG.info("step times kept in %s", path)
+    except (OSError, RuntimeError) as error:
+        _LOG.info("step times are not kept: %s", error)
 
 
-async def _warm_up(front: Any, saying: "asyncio.Queue[messages.Report]", info: EngineInfo) -> None:
-    """Short requests on a few sub-models, alone and together: the scheduler fits its first cost table to their steps."""
-    ladder, number, steps = info.ladder, 0, 0
-    places = sorted({0, len(ladder.entries) // 2, len(ladder.entries) - 1})
-    while steps < ENOUGH_STEPS:
-        for rows in WARM_UP_ROWS:
-            for place in places:
-                size = 8 if rows > 1 else min(128, info.max_model_len // 2)
-                for _ in range(rows):
-                    prompt = tuple((7 * number + at) % info.vocab_size for at in range(size))
-                    sampling = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
-                    name = ladder.entries[place].id
-                    front.submit(
-                        GenerateRequest(f"warm-up-{number}", prompt, sampling, time.monotonic(), submodel=name)
-                    )
-                    number += 1
-                await front.idle()
-                steps += WARM_UP_TOKENS
-    while not saying.empty():
-        saying.get_nowait()
-    front.forget()
-
-
-def _end_with_parent() -> None:
+def _end_with_parent(directory: Path) -> None:
     """Wait for the end of standard input, and end this process's whole group: whoever holds its other end is gone."""
     while os.read(sys.stdin.fileno(), 1024):
         pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)  # of the sockets, which nobody else is left to remove
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)
 
 
 def main() -> int:
-    """Run as a process of its own; the exit code."""
+    """Run as a process of its own; the exit code. Signals that reach all processes of a service are not for this one."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    return asyncio.run(serve(sys.argv[1]))
+    directory = Path(sys.argv[1].removeprefix("ipc://")).parent
+    threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
+    code = asyncio.run(serve(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # vLLM's threads and atexit hooks would wait for a dead engine core
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -146,4 +146,5 @@ def standing(request_id: str, tracked: Tracked, request: Any, running: bool) -> 
         tracked.last_token,
         tracked.tokens_since_switch,
         frozenset(tracked.used),
+        request.sampling_params is not None and request.sampling_params.ignore_eos,
     )
