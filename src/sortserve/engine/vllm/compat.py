@@ -60,11 +60,6 @@ def expected_signatures() -> list[tuple[Any, str, tuple[str, ...]]]:
         (GPUModelRunner, "_may_reorder_batch", ("self", "scheduler_output")),
         (
             GPUModelRunner,
-            "_get_slot_mappings",
-            ("self", "num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded", "ubatch_slices"),
-        ),
-        (
-            GPUModelRunner,
             "_build_attention_metadata",
             (
                 "self", "num_tokens", "num_reqs", "max_query_len", "num_tokens_padded", "num_reqs_padded",
@@ -80,6 +75,30 @@ def expected_signatures() -> list[tuple[Any, str, tuple[str, ...]]]:
         (InputBatch, "swap_states", ("self", "i1", "i2")),
         (Worker, "_make_model_runner", ("self",)),
         (CPUWorker, "init_device", ("self",)),
+    ]  # fmt: skip
+
+
+def expected_signatures_v2() -> list[tuple[Any, str, tuple[str, ...]]]:
+    """The same of vLLM's second runner."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    return [
+        (GPUModelRunner, "gather_batch_req_state", ("self", "scheduler_output", "dummy_run")),
+        (
+            GPUModelRunner,
+            "initialize_kv_cache",
+            ("self", "kv_cache_config", "is_profiling", "kv_cache_allocation_context"),
+        ),
+        (DefaultModelState, "prepare_inputs", ("self", "input_batch", "req_states")),
+        (
+            DefaultModelState,
+            "prepare_attn",
+            (
+                "self", "input_batch", "cudagraph_mode", "block_tables", "slot_mappings", "attn_groups",
+                "kv_cache_config", "for_capture", "ubatch_idx", "model_specific_attn_metadata",
+            ),
+        ),
     ]  # fmt: skip
 
 

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from sortserve.engine.errors import StartupError
+from sortserve.engine.vllm.attention import by_segment, check_order
 from sortserve.engine.vllm.compat import check_start
 from sortserve.engine.vllm.configuration import Configuration
 from sortserve.engine.vllm.model.loop import CONTEXT_KEY
 from sortserve.engine.vllm.model.rows import RowLayouts, StepRows
-from sortserve.engine.vllm.plan import deepest_first, plan_step, swaps
+from sortserve.engine.vllm.plan import Segment, deepest_first, plan_step, swaps
 from sortserve.engine.vllm.side import places_of
 
 
@@ -28,18 +27,14 @@ class SubmodelRunnerMixin:
         check_start(vllm_config)
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         own = Configuration.of_vllm(vllm_config)
-        self._exits, self._bounds, self._full = own.settings.exits, own.ladder.bounds, own.ladder.full
+        self._exits, self._bounds = own.settings.exits, own.ladder.bounds
         self._layouts = RowLayouts(own.ladder, device)
         self._rows: StepRows | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """vLLM's; then the attention backend is known, and whether it leaves the order of rows to us."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        if self.reorder_batch_threshold is not None and len(self._bounds) > 2:  # type: ignore[attr-defined]
-            raise StartupError(
-                "this attention backend wants decodes first, SortServe the deepest requests first; use another one, "
-                "for example --attention-backend FLASH_ATTN"
-            )
+        check_order([self.reorder_batch_threshold], self._bounds)  # type: ignore[attr-defined]
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         """vLLM's; the last step's rows are forgotten first, so that a dummy run never sees them."""
@@ -64,45 +59,30 @@ class SubmodelRunnerMixin:
         )
         self._rows = self._layouts.of(plan)
 
-    def _get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """vLLM's, cut to the rows that each layer runs: K and V are written for as many rows as there are slots."""
-        by_group, by_layer = super()._get_slot_mappings(*args, **kwargs)  # type: ignore[misc]
-        if self._rows is not None and by_layer is not None:
-            by_layer = {name: mapping[: self._tokens(name)] for name, mapping in by_layer.items()}
-        return by_group, by_layer
-
-    def _tokens(self, layer_name: str) -> int:
-        assert self._rows is not None
-        segment = self._rows.plan.of_layer(extract_layer_index(layer_name))
-        return 0 if segment is None else segment.num_tokens
-
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """vLLM's, once for all rows and once more for each segment that fewer requests run."""
-        metadata, other = super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
+        build = super()._build_attention_metadata  # type: ignore[misc]
+        metadata, other = build(*args, **kwargs)
         if self._rows is None:
             return metadata, other
         assert not args, "vLLM calls this by keywords"
-        before = self._rows.plan.segments[0].num_requests
-        current = metadata
-        for segment in self._rows.plan.segments:
-            if segment.num_requests < before:
-                before = segment.num_requests
-                fewer: dict[str, Any] = {
-                    **kwargs,
-                    "num_tokens": segment.num_tokens,
-                    "num_reqs": before,
-                    "num_tokens_padded": None,
-                    "num_reqs_padded": None,
-                    "max_query_len": max(self._rows.plan.tokens[:before]),
-                    "slot_mappings": {
-                        group: mapping[: segment.num_tokens] for group, mapping in kwargs["slot_mappings"].items()
-                    },
-                }
-                current, _ = super()._build_attention_metadata(**fewer)  # type: ignore[misc]
-            for name in metadata:
-                if current is not metadata and segment.start <= extract_layer_index(name) < segment.end:
-                    metadata[name] = current[name]
-        return metadata, other
+        tokens = self._rows.plan.tokens
+
+        def fewer(segment: Segment) -> dict[str, Any]:
+            changed = {
+                "num_tokens": segment.num_tokens,
+                "num_reqs": segment.num_requests,
+                "num_tokens_padded": None,
+                "num_reqs_padded": None,
+                "max_query_len": max(tokens[: segment.num_requests]),
+                "slot_mappings": {
+                    group: mapping[: segment.num_tokens] for group, mapping in kwargs["slot_mappings"].items()
+                },
+            }
+            cut: dict[str, Any] = build(**{**kwargs, **changed})[0]
+            return cut
+
+        return by_segment(self._rows.plan, metadata, fewer), other
 
     def _model_forward(
         self,

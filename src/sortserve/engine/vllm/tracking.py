@@ -118,11 +118,11 @@ def _budget(value: object, policy: object) -> Budget | None:
         return None
     if not all(isinstance(limit, int | float) for limit in value):
         return None
-    ttft, tpot, total = (None if limit < 0 else float(limit) for limit in value)
     try:
+        ttft, tpot, total = (None if limit < 0 else float(limit) for limit in value)
         known = policy if policy in ("best-effort", "strict", "cut") else "best-effort"
         return Budget(total, ttft, tpot, known)  # type: ignore[arg-type]
-    except RequestError:
+    except (RequestError, OverflowError):
         return None
 
 

@@ -5,15 +5,15 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from sortserve.engine.errors import StartupError
-
 
 class SubmodelWorker(Worker):
     """On a GPU."""
 
     def _make_model_runner(self) -> Any:
         if self.use_v2_model_runner:
-            raise StartupError("vLLM's second model runner is not supported; set VLLM_USE_V2_MODEL_RUNNER=0")
+            from sortserve.engine.vllm.runner_v2 import SubmodelRunnerV2
+
+            return SubmodelRunnerV2(self.vllm_config, self.device)
         from sortserve.engine.vllm.runner_v1 import SubmodelGPURunner
 
         return SubmodelGPURunner(self.vllm_config, self.device)

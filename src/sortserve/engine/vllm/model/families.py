@@ -10,10 +10,11 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from sortserve.engine.vllm.configuration import Configuration
 from sortserve.engine.vllm.model.loop import replace_ffns, rows_of_step, run_segments
+from sortserve.engine.vllm.model.rows import StepRows
 
 
 class SortedMixin:
-    """Stands before a stock class. `forward` reads which rows run what from vLLM's forward context."""
+    """Stands before a stock class. `forward` is told which rows run what by vLLM's forward context."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -26,10 +27,18 @@ class SortedMixin:
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
+        sortserve_rows: StepRows | None = None,
     ) -> Tensor:
-        """Normed hidden states [rows, hidden]."""
+        """Normed hidden states [rows, hidden]. The second runner gives the rows as an argument."""
         assert intermediate_tensors is None, "pipeline parallelism is refused at start"
-        return run_segments(self.model, input_ids, positions, inputs_embeds, rows_of_step())  # type: ignore[attr-defined]
+        rows = rows_of_step() if sortserve_rows is None else sortserve_rows
+        return run_segments(self.model, input_ids, positions, inputs_embeds, rows)  # type: ignore[attr-defined]
+
+    def get_model_state_cls(self) -> Any:
+        """Asked for by vLLM's second runner."""
+        from sortserve.engine.vllm.runner_v2 import SubmodelState
+
+        return SubmodelState
 
 
 class SortedLlamaForCausalLM(SortedMixin, LlamaForCausalLM):

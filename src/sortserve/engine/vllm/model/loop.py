@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.models.utils import extract_layer_index
 
 from sortserve.engine.errors import StartupError
 from sortserve.engine.ladder import Ladder
@@ -50,6 +51,7 @@ def run_segments(
     hidden = model.embed_input_ids(input_ids) if embeds is None else embeds
     if rows is None:
         return _full(model, positions, hidden)
+    cut_slots(rows)
     padded = hidden.shape[0]
     hidden, positions = hidden[: rows.plan.num_tokens], positions[..., : rows.plan.num_tokens]
     residual: Tensor | None = None
@@ -97,6 +99,20 @@ def rows_of_step() -> StepRows | None:
         return None
     rows: StepRows | None = get_forward_context().additional_kwargs.get(CONTEXT_KEY)
     return rows
+
+
+def cut_slots(rows: StepRows) -> None:
+    """Leave each layer as many K/V slots as it has rows: vLLM writes K and V for as many rows as there are slots, in an
+    operation of its own that reads them from the forward context."""
+    context = get_forward_context()
+    if not isinstance(context.slot_mapping, dict):
+        return
+    tokens = {
+        layer: segment.num_tokens for segment in rows.plan.segments for layer in range(segment.start, segment.end)
+    }
+    context.slot_mapping = {
+        name: mapping[: tokens.get(extract_layer_index(name), 0)] for name, mapping in context.slot_mapping.items()
+    }
 
 
 def _full(model: Any, positions: Tensor, hidden: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""All four families, tiny and random: sub-models against our own engine, which knows nothing of vLLM."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.engines import asif_ladder, start
+from tests.vllm.test_asif import pinned
+
+# CPU attention takes heads of 32 and more
+SIZES: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+}
+PROMPTS = [[7, 30, 2, 90, 41], [(3 * number + 5) % 101 for number in range(70)], [11] * 33, [88, 4]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path) -> None:
+    from tests.engine.drive import ask, greedy, load_engine, run
+    from tests.engine.tiny_models import make_tiny
+
+    family, changes = CASES[case]
+    sizes = {name: value for name, value in SIZES.items() if not (family == "qwen2" and name == "head_dim")}
+    make_tiny(tmp_path, family, seed=5, **sizes, **changes)
+    ladder = asif_ladder(tmp_path)
+    ladder.dump(tmp_path / "ladder.json")
+    places = [place % len(ladder.entries) for place in range(2 * len(ladder.entries))]
+    asked = [PROMPTS[number % len(PROMPTS)] for number in range(len(places))]
+    with start(tmp_path, ladder_path=tmp_path / "ladder.json", num_gpu_blocks_override=60) as engine:
+        together = engine.generate(asked, [pinned(engine, place) for place in places], 8)
+    native = load_engine(tmp_path)
+    requests = [
+        ask(f"r{number}", prompt, greedy(8, ignore_eos=True), submodel=ladder.entries[place].id)
+        for number, (prompt, place) in enumerate(zip(asked, places, strict=True))
+    ]
+    for result, place, outcome in zip(together, places, run(native, requests), strict=True):
+        assert result.tokens == outcome.tokens, ladder.entries[place].id
