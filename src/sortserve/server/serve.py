@@ -18,6 +18,8 @@ from sortserve.engine.errors import StartupError
 from sortserve.engine.logs import configure_logging
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
+from sortserve.engine.vllm.compat import check_version
+from sortserve.engine.vllm.start import parsed
 from sortserve.server.app import create_app
 from sortserve.server.bounded_http import BoundedHttpProtocol
 from sortserve.server.state import ServerOptions, ServerState
@@ -38,6 +40,8 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     tracing = open_tracing(args.otlp_endpoint)
     config = engine_config(folder, args)
     load_model_config(folder)  # a wrong folder is refused here, before anything listens
+    if args.backend == "vllm":
+        check_version()
     tokenizer = Tokenizer.load(folder)
     options = ServerOptions(
         api_keys=tuple(args.api_key),
@@ -99,7 +103,8 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
 
 
 def vllm_arguments(args: argparse.Namespace) -> tuple[str, ...]:
-    """vLLM's engine arguments from the flags; those given by name come last and win."""
+    """vLLM's engine arguments from the flags; those given by name come last and win. Raises StartupError."""
+    parsed(args.vllm_arg)
     sizes = [
         f"{name}={getattr(args, name)}"
         for name in ("tensor_parallel_size", "pipeline_parallel_size")

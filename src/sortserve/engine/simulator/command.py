@@ -135,7 +135,11 @@ def _finite(value: object) -> object:
 def add_arguments(add: Callable[..., object], positive: Callable[[str], int]) -> None:
     """The arguments of the command."""
     add("--trace", type=Path, required=True, metavar="FILE", help="Azure CSV or Mooncake JSONL")
-    add("--model", default="llama-3.1-8b", help="llama-3.1-8b or llama-3.1-70b, with --cost a folder; default: the first")
+    add(
+        "--model",
+        default="llama-3.1-8b",
+        help="llama-3.1-8b or llama-3.1-70b, with --cost a folder; default: the first",
+    )
     add("--device", default="h200", help="h100 or h200, several that split each layer as h200x4; default: h200")
     add(
         "--cost",

@@ -6,6 +6,7 @@ Nothing here imports vLLM before it is known to be installed; the arguments are 
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def check_settings(config: EngineConfig, *, cpu: bool) -> None:
         )
 
 
-def parsed(given: tuple[str, ...]) -> dict[str, Any]:
+def parsed(given: Sequence[str]) -> dict[str, Any]:
     """`name=value` each, dashes as in vLLM's flags allowed, the value as JSON where it is JSON, else as text. Raises
     StartupError."""
     found: dict[str, Any] = {}
@@ -135,6 +136,8 @@ def load(config: EngineConfig, stats_address: str) -> tuple[Any, EngineInfo]:
     given = arguments(config, own.ladder, cpu=bool(current_platform.is_cpu()), stats_address=stats_address)
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # Triton may be there, but the CPU has the first one
+        # else the first request with log-probabilities waits a minute for the C++ compiler
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         settings = AsyncEngineArgs(**given).create_engine_config()
         check_start(settings)

@@ -63,10 +63,11 @@ def read_request(
     ceiling = _place(given.get("sortserve_ceiling"), ladder)
     ceiling = ladder.full if ceiling is None else ceiling
     floor = _place(given.get("sortserve_floor"), ladder)
-    floor = min(ladder.default_floor if floor is None else floor, ceiling)
+    budget = _budget(given.get("sortserve_budget"), given.get("sortserve_slo"))
+    unasked = ceiling if budget is None else ladder.default_floor  # without a budget: the best there is
+    floor = min(unasked if floor is None else floor, ceiling)
     if pinned is not None:
         floor = ceiling = pinned
-    budget = _budget(given.get("sortserve_budget"), given.get("sortserve_slo"))
     mode = given.get("sortserve_kv")
     if mode not in ("exact", "reuse"):
         mode = "reuse" if pinned is None and budget is not None else "exact"
