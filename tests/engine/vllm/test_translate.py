@@ -118,6 +118,8 @@ def test_grammars_are_lark() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     made = lark(json_grammar(schema))
     assert made.startswith("start: %json {")
+    assert '"whitespace_flexible": false' in made
+    assert "whitespace_pattern" not in made
     check_grammar(made)
     assert lark("start: /a/") == "start: /a/"
 

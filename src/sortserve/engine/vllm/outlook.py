@@ -124,4 +124,5 @@ class Outlook:
 
     def _since(self, name: str) -> dict[str, int]:
         before = self._before.get(name, {})
-        return {key: int(count) - int(before.get(key, 0)) for key, count in self._report.get(name, {}).items()}
+        since = {key: int(count) - int(before.get(key, 0)) for key, count in self._report.get(name, {}).items()}
+        return {key: count for key, count in since.items() if count}

@@ -12,6 +12,7 @@ from typing import Any
 from sortserve.engine.admission import Terms
 from sortserve.engine.budget import Budget
 from sortserve.engine.errors import RequestError
+from sortserve.engine.grammar import WHITESPACE
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.protocol import GenerateRequest
 
@@ -25,6 +26,7 @@ SUBMODEL, FLOOR, CEILING, BUDGET, SLO, KV, ARRIVAL = KEYS = (
     "sortserve_arrival",  # seconds since 1970
 )
 NOT_ASKED = -1.0
+_BLANKS = json.dumps({"whitespace_pattern": WHITESPACE})[1:-1]
 POLICIES = ("best-effort", "strict", "cut")
 KV_MODES = ("exact", "reuse")
 
@@ -58,11 +60,15 @@ def sampling_arguments(request: GenerateRequest, eos_token_ids: Iterable[int] = 
 
 
 def lark(grammar: str) -> str:
-    """A grammar of ours (`engine/grammar.py`) in the dialect that vLLM's `guidance` back end takes: Lark alone."""
-    if not grammar.startswith("{"):
-        return grammar
-    [only] = json.loads(grammar)["grammars"]
-    return "start: %json " + json.dumps(only["json_schema"])
+    """A grammar of ours (`engine/grammar.py`) in the dialect that vLLM's `guidance` back end takes: Lark alone.
+
+    JSON comes without blanks: the llguidance that vLLM 0.32 is bound to (1.7) does not know `whitespace_pattern`, and
+    without an end to them a model may write blanks until max_tokens.
+    """
+    if grammar.startswith("{"):
+        [only] = json.loads(grammar)["grammars"]
+        grammar = "start: %json " + json.dumps(only["json_schema"])
+    return grammar.replace(_BLANKS, '"whitespace_flexible": false')
 
 
 def extra_args(request: GenerateRequest, terms: Terms, ladder: Ladder, clock: float) -> dict[str, Any]:
