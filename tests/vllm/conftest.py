@@ -1,7 +1,6 @@
 """Engines of the suite, and what its environment is. Without vLLM every test is skipped."""
 
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +34,6 @@ def ladder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine(ladder_path: Path) -> Iterator[Engine]:
+def engine(ladder_path: Path) -> Engine:
     """The bundled model with sub-models, float32, short of memory: prompts are chunked and requests preempted."""
-    with start(BUNDLED, ladder_path=ladder_path) as started:
-        yield started
+    return start(BUNDLED, ladder_path=ladder_path)

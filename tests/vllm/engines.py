@@ -1,7 +1,6 @@
 """vLLM engines in this process, with and without sub-models, and what is asked of them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,11 @@ class Engine:
 
     llm: Any
     ladder: Ladder
+
+    @property
+    def free(self) -> dict[str, Any]:
+        """Arguments of a request that may run anything."""
+        return {"sortserve_floor": self.ladder.entries[0].id}
 
     @property
     def scheduler(self) -> Any:
@@ -100,25 +104,21 @@ class Result:
         return cls(list(completion.token_ids), told, output.num_cached_tokens or 0, completion.finish_reason)
 
 
-@contextmanager
-def start(
-    folder: Path, *, submodels: bool = True, ladder_path: Path | None = None, **arguments: Any
-) -> Iterator[Engine]:
-    """An engine in this process, with the programmed decider; `submodels` False: vLLM as it is."""
+def start(folder: Path, *, submodels: bool = True, ladder_path: Path | None = None, **arguments: Any) -> Engine:
+    """An engine in this process, with the programmed decider; `submodels` False: vLLM as it is.
+
+    It is never shut down: that takes the process's one set of distributed groups away from all the others.
+    """
     from vllm import LLM
 
     from sortserve.engine.vllm.launch import engine_arguments
 
     given = {**ARGUMENTS, **arguments}
     shape = load_model_config(folder).shape
-    ladder = Ladder.load(ladder_path, shape) if ladder_path else asif_ladder(folder)
+    ladder = Ladder.load(ladder_path, shape) if ladder_path else Ladder.default(shape)
     if submodels:
         decider = "tests.vllm.deciders:programmed"
         given = engine_arguments(folder, cpu=True, ladder_path=ladder_path, decider=decider, **given)
     else:
         given = {"model": str(folder), "enforce_eager": True, "async_scheduling": False, **given}
-    llm = LLM(**given)
-    try:
-        yield Engine(llm, ladder)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+    return Engine(LLM(**given), ladder)

@@ -1,7 +1,6 @@
 """Through vLLM each request gets what its own sub-model alone would have said; float32, greedy, token by token."""
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,11 +79,10 @@ def test_alone_is_what_the_formulas_say(engine: Engine) -> None:
             assert logits.max() - logits[token] < 1e-3, f"{entry.id}, output token {number}"
 
 
-def test_full_depth_is_stock_vllm(engine: Engine, ladder_path: Path) -> None:
+def test_full_depth_is_stock_vllm(engine: Engine) -> None:
     asked = prompts(engine, PROMPT_LENGTHS)
     ours = engine.generate(asked, [pinned(engine, engine.ladder.full)] * len(asked), MAX_TOKENS)
-    with start(BUNDLED, submodels=False) as stock:
-        theirs = stock.generate(asked, [None] * len(asked), MAX_TOKENS)
+    theirs = start(BUNDLED, submodels=False).generate(asked, [None] * len(asked), MAX_TOKENS)
     assert [result.tokens for result in ours] == [result.tokens for result in theirs]
 
 

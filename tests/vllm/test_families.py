@@ -31,8 +31,8 @@ def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path) ->
     ladder.dump(tmp_path / "ladder.json")
     places = [place % len(ladder.entries) for place in range(2 * len(ladder.entries))]
     asked = [PROMPTS[number % len(PROMPTS)] for number in range(len(places))]
-    with start(tmp_path, ladder_path=tmp_path / "ladder.json", num_gpu_blocks_override=60) as engine:
-        together = engine.generate(asked, [pinned(engine, place) for place in places], 8)
+    engine = start(tmp_path, ladder_path=tmp_path / "ladder.json", num_gpu_blocks_override=60)
+    together = engine.generate(asked, [pinned(engine, place) for place in places], 8)
     native = load_engine(tmp_path)
     requests = [
         ask(f"r{number}", prompt, greedy(8, ignore_eos=True), submodel=ladder.entries[place].id)
@@ -40,3 +40,20 @@ def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path) ->
     ]
     for result, place, outcome in zip(together, places, run(native, requests), strict=True):
         assert result.tokens == outcome.tokens, ladder.entries[place].id
+
+
+def test_without_a_ladder_neurons_are_sorted_as_the_native_engine_does(tmp_path: Path) -> None:
+    """Three quarters of unsorted neurons would be any three quarters."""
+    from tests.engine.drive import ask, greedy, load_engine, run
+    from tests.engine.tiny_models import make_tiny
+
+    make_tiny(tmp_path, "llama", seed=6, **SIZES, mlp_bias=True, intermediate_size=1024)
+    engine = start(tmp_path)
+    assert [entry.id for entry in engine.ladder.entries] == ["d6-w75", "d6"]
+    results = engine.generate(PROMPTS, [pinned(engine, 0)] * len(PROMPTS), 8)
+    native = load_engine(tmp_path)
+    requests = [
+        ask(f"r{number}", prompt, greedy(8, ignore_eos=True), submodel="d6-w75")
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    assert [result.tokens for result in results] == [outcome.tokens for outcome in run(native, requests)]

@@ -49,7 +49,7 @@ def test_what_a_promoted_request_computed_again_is_found(engine: Engine) -> None
     full = engine.ladder.full
     prompt = prompts(engine, (BLOCK_TOKENS + 2,))[0]
     engine.decider.program[len(prompt)] = [(0, 0), (5, full)]
-    engine.generate([prompt], [None], 8)
+    engine.generate([prompt], [engine.free], 8)
     engine.decider.program.clear()
     assert engine.generate([prompt], [pinned(engine, full)], 1)[0].cached == BLOCK_TOKENS
 

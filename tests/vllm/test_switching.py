@@ -9,7 +9,7 @@ from tests.vllm.conftest import BUNDLED
 from tests.vllm.engines import BLOCK_TOKENS, Engine
 from tests.vllm.test_asif import pinned, prompts
 
-BUDGET = {"sortserve_budget": [-1, -1, 3_600_000]}
+BUDGET = {"sortserve_budget": [-1, -1, 3_600_000]}  # whose K/V may be reused
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,9 @@ def test_promotion_goes_on_as_the_deeper_submodel_would(engine: Engine) -> None:
     for place, length in enumerate(lengths):
         engine.decider.program[length] = [(0, place), (5 + place, full)]
     others = prompts(engine, (50, 90))
-    results = engine.generate([*asked, *others], [None] * len(asked) + [pinned(engine, 0), pinned(engine, full)], 20)
+    results = engine.generate(
+        [*asked, *others], [engine.free] * len(asked) + [pinned(engine, 0), pinned(engine, full)], 20
+    )
     for place, (prompt, result) in enumerate(zip(asked, results, strict=False)):
         before = 5 + place
         assert result.tokens[:before] == engine.alone(prompt, place, before)
@@ -56,7 +58,7 @@ def test_demotion_keeps_its_kv_and_goes_on_as_the_shallower_one(engine: Engine) 
     shallow, deep = (engine.ladder.place(name) for name in _depths_alone(engine))
     prompt = prompts(engine, (45,))[0]
     engine.decider.program[45] = [(0, deep), (7, shallow)]
-    result = engine.generate([prompt], [None], 20)[0]
+    result = engine.generate([prompt], [engine.free], 20)[0]
     assert result.told["recomputed_tokens"] == 0
     assert result.tokens[:7] == engine.alone(prompt, deep, 7)
     assert result.tokens[7:] == engine.alone(prompt + result.tokens[:7], shallow, 13)
@@ -67,7 +69,7 @@ def test_a_demoted_request_that_comes_back_computes_again(engine: Engine) -> Non
     shallow, deep = (engine.ladder.place(name) for name in _depths_alone(engine))
     prompt = prompts(engine, (46,))[0]
     engine.decider.program[46] = [(0, deep), (4, shallow), (9, deep)]
-    result = engine.generate([prompt], [None], 20)[0]
+    result = engine.generate([prompt], [engine.free], 20)[0]
     assert result.told["recomputed_tokens"] == 46 + 9 - 1
     assert result.tokens[9:] == engine.alone(prompt + result.tokens[:9], deep, 11)
 
@@ -76,10 +78,10 @@ def test_exact_computes_again_when_widths_change_and_reuse_does_not(engine: Engi
     narrow, wide = places_by_width(engine)
     prompt = prompts(engine, (47,))[0]
     engine.decider.program[47] = [(0, wide), (6, narrow)]
-    exact = engine.generate([prompt], [None], 16)[0]
+    exact = engine.generate([prompt], [engine.free], 16)[0]
     assert exact.told["recomputed_tokens"] == 47 + 6 - 1
     assert exact.tokens[6:] == engine.alone(prompt + exact.tokens[:6], narrow, 10)
-    reused = engine.generate([prompt], [BUDGET], 16)[0]
+    reused = engine.generate([prompt], [{**engine.free, **BUDGET}], 16)[0]
     assert reused.told["recomputed_tokens"] == 0
     _check_with_recorded_widths(engine, prompt, reused.tokens, [wide] * 52 + [narrow] * 10)
 
@@ -89,7 +91,7 @@ def test_blocks_of_several_widths_are_shared_with_nobody(engine: Engine) -> None
     narrow, wide = places_by_width(engine)
     prompt = prompts(engine, (20,))[0]
     engine.decider.program[20] = [(0, wide), (2, narrow)]
-    first = engine.generate([prompt], [BUDGET], 4 * BLOCK_TOKENS)[0]
+    first = engine.generate([prompt], [{**engine.free, **BUDGET}], 4 * BLOCK_TOKENS)[0]
     asked = prompt + first.tokens
     for place in (narrow, wide):
         second = engine.generate([asked], [pinned(engine, place)], 6)[0]
@@ -101,13 +103,13 @@ def test_refused_and_cut_requests_end_and_say_so(engine: Engine) -> None:
     asked = prompts(engine, (21, 22, 23))
     engine.decider.refuse.add(21)
     engine.decider.cut[22] = 5
-    refused, cut, other = engine.generate(asked, [None] * 3, 12)
+    refused, cut, other = engine.generate(asked, [engine.free] * 3, 12)
     assert (refused.tokens, refused.finish_reason, refused.told["refused"]) == ([], "abort", True)
     assert (len(cut.tokens), cut.finish_reason, cut.told["cut"]) == (5, "length", True)
     assert cut.tokens == engine.alone(asked[1], engine.ladder.full, 5)
     assert other.tokens == engine.alone(asked[2], engine.ladder.full, 12)
     assert not engine.scheduler.requests
-    engine.generate([asked[2]], [None], 1)
+    engine.generate([asked[2]], [engine.free], 1)
     assert len(engine.scheduler._tracked) <= 1, "ended requests are forgotten"
 
 

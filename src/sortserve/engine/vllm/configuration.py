@@ -20,11 +20,13 @@ _KNOWN = ("ladder", "decider", "decider_options", "stats_address")
 
 @dataclass(frozen=True)
 class Configuration:
-    """What the parts of the backend share. `stats_address`: where the scheduler sends its figures, "" for nowhere."""
+    """What the parts of the backend share. `sort_ffn`: no ladder was made for this checkpoint, so its FFN neurons are put
+    in order of importance when they are loaded. `stats_address`: where the scheduler sends its figures, "" for nowhere."""
 
     model: ModelConfig
     ladder: Ladder
     settings: SettingsTable
+    sort_ffn: bool = False
     decider: str = ""
     decider_options: Mapping[str, Any] = field(default_factory=dict)
     stats_address: str = ""
@@ -39,11 +41,13 @@ class Configuration:
             raise StartupError(f"additional_config {KEY}: unknown key {unknown[0]!r}; known are {', '.join(_KNOWN)}")
         model = load_model_config(folder)
         path = Path(own["ladder"]) if own.get("ladder") else folder / "ladder.json"
-        ladder = Ladder.load(path, model.shape) if own.get("ladder") or path.is_file() else Ladder.default(model.shape)
+        has_ladder = bool(own.get("ladder")) or path.is_file()
+        ladder = Ladder.load(path, model.shape) if has_ladder else Ladder.default(model.shape)
         return cls(
             model,
             ladder,
             SettingsTable(ladder),
+            not has_ladder,
             own.get("decider", ""),
             own.get("decider_options", {}),
             own.get("stats_address", ""),

@@ -21,13 +21,21 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 
 from sortserve.engine.errors import StartupError
 from sortserve.engine.vllm.model.rows import BlockRows
+from sortserve.engine.weights import importance_order
 
 
 class BlockMLP(nn.Module):
     """down(silu(gate x) * up x), in blocks that end at `boundaries` (ascending, the last one the full width)."""
 
     def __init__(
-        self, hidden_size: int, boundaries: Sequence[int], *, bias: bool, down_bias: bool, prefix: str
+        self,
+        hidden_size: int,
+        boundaries: Sequence[int],
+        *,
+        bias: bool,
+        down_bias: bool,
+        prefix: str,
+        sort: bool = False,
     ) -> None:
         super().__init__()
         self.boundaries = tuple(boundaries)
@@ -56,6 +64,9 @@ class BlockMLP(nn.Module):
         self.gate_up, self.down = nn.ModuleList(gate_up), nn.ModuleList(down)
         self.down_bias = nn.Parameter(torch.zeros(hidden_size), requires_grad=False) if down_bias else None
         self.act_fn = SiluAndMul()
+        self._sort = sort
+        self._order: Tensor | None = None  # [width] by importance
+        self._waiting: list[tuple[str, Tensor]] = []
 
     def forward(self, x: Tensor, blocks: Sequence[BlockRows] | None = None) -> Tensor:
         """[rows, hidden] -> [rows, hidden]; rows in none of `blocks` get zeros. None: all rows run all blocks."""
@@ -97,25 +108,43 @@ class BlockMLP(nn.Module):
         return total
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Cut the checkpoint's matrices, named as in a stock layer of vLLM, into the blocks; the names of what was set."""
+        """Cut the checkpoint's matrices, named as in a stock layer of vLLM, into the blocks; the names of what was set.
+
+        Where neurons are to be sorted, gate and up wait for down, which tells their order; it may come in a later call.
+        """
         loaded: set[str] = set()
         for name, tensor in weights:
-            module, _, kind = name.rpartition(".")
-            if module == "down_proj" and kind == "bias":
-                assert self.down_bias is not None
-                self.down_bias.data.copy_(tensor)
-                loaded.add("down_bias")
+            if self._sort and self._order is None and name != "down_proj.weight":
+                self._waiting.append((name, tensor))
                 continue
-            start = 0
-            for number, end in enumerate(self.boundaries):
-                if module == "gate_up_proj":
-                    parameter = getattr(self.gate_up[number], kind)
-                    parameter.weight_loader(parameter, tensor[start:end], tensor.shard_id)  # type: ignore[attr-defined]
-                    loaded.add(f"gate_up.{number}.{kind}")
-                else:
-                    assert module == "down_proj", f"{name} is no part of an FFN"
-                    parameter = getattr(self.down[number], kind)
-                    parameter.weight_loader(parameter, tensor[:, start:end])
-                    loaded.add(f"down.{number}.{kind}")
-                start = end
+            if self._sort and name == "down_proj.weight":
+                self._order = importance_order(tensor.to(self.down[0].weight.dtype))  # type: ignore[arg-type]
+                self._waiting.append((name, tensor))
+                for waiting in self._waiting:
+                    loaded |= self._load(*waiting)
+                self._waiting = []
+                continue
+            loaded |= self._load(name, tensor)
         return loaded
+
+    def _load(self, name: str, tensor: Tensor) -> set[str]:
+        module, _, kind = name.rpartition(".")
+        shard = getattr(tensor, "shard_id", None)
+        if name == "down_proj.bias":
+            assert self.down_bias is not None
+            self.down_bias.data.copy_(tensor)
+            return {"down_bias"}
+        assert module in ("gate_up_proj", "down_proj"), f"{name} is no part of an FFN"
+        if self._order is not None:
+            tensor = tensor[self._order] if module == "gate_up_proj" else tensor[:, self._order]
+        start = 0
+        for number, end in enumerate(self.boundaries):
+            if module == "gate_up_proj":
+                parameter = getattr(self.gate_up[number], kind)
+                parameter.weight_loader(parameter, tensor[start:end], shard)
+            else:
+                parameter = getattr(self.down[number], kind)
+                parameter.weight_loader(parameter, tensor[:, start:end])
+            start = end
+        part = "gate_up" if module == "gate_up_proj" else "down"
+        return {f"{part}.{number}.{kind}" for number in range(len(self.boundaries))}

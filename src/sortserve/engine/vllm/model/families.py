@@ -19,7 +19,8 @@ class SortedMixin:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         inner = f"{prefix}.model" if prefix else "model"
-        replace_ffns(self.model, Configuration.of_vllm(vllm_config).ladder, inner)  # type: ignore[attr-defined]
+        own = Configuration.of_vllm(vllm_config)
+        replace_ffns(self.model, own.ladder, inner, sort=own.sort_ffn)  # type: ignore[attr-defined]
 
     def forward(
         self,

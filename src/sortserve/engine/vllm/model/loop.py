@@ -19,9 +19,10 @@ CONTEXT_KEY = "sortserve_rows"
 """Of the StepRows in a forward context's `additional_kwargs`."""
 
 
-def replace_ffns(model: nn.Module, ladder: Ladder, prefix: str) -> None:
-    """Put a BlockMLP in the place of every layer's FFN that the ladder cuts; one after the other, so that no more than
-    one FFN is in memory twice. Raises StartupError where the model cannot be cut."""
+def replace_ffns(model: nn.Module, ladder: Ladder, prefix: str, *, sort: bool) -> None:
+    """Put a BlockMLP in the place of every layer's FFN that the ladder cuts; one after the other, so that no more than one
+    FFN is in memory twice. `sort`: neurons by importance, as a checkpoint without a ladder needs. Raises StartupError
+    where the model cannot be cut."""
     for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
         if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
             raise StartupError("models with ada_rms_norm_t_cond are not supported by SortServe on vLLM")
@@ -37,6 +38,7 @@ def replace_ffns(model: nn.Module, ladder: Ladder, prefix: str) -> None:
             bias=stock.gate_up_proj.bias is not None,
             down_bias=stock.down_proj.bias is not None,
             prefix=f"{prefix}.layers.{number}.mlp",
+            sort=sort,
         )
 
 
