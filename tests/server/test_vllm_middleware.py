@@ -11,9 +11,10 @@ import pytest
 from fastapi import FastAPI, Request
 
 from sortserve.engine.vllm.translate import ARRIVAL, BUDGET, CEILING, FLOOR, KV, SLO, SUBMODEL
+from sortserve.server.cli import BUNDLED
 from sortserve.server.vllm_middleware import XARGS, LatencyBudgets
-from tests.bundled import BUNDLED, FULL, MIDDLE
 from tests.bundled import FLOOR as SMALLEST
+from tests.bundled import FULL, MIDDLE
 
 
 def app() -> FastAPI:

@@ -101,7 +101,8 @@ class Replica:
         budgeted = bool(workload.budgeted[number])
         expected = max(1, round(int(workload.num_output[number]) * self._config.length_factor))
         floor = rungs.default_floor if budgeted else rungs.full
-        live.add(number, workload, floor=floor, ceiling=rungs.full, expected=expected)
+        keeps = "refill" in self._config.capabilities
+        live.add(number, workload, floor=floor, ceiling=rungs.full, expected=expected, resumable=keeps)
         self._decision = None
 
     # ---- time
