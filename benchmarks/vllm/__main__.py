@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,6 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         depths, widths = (ladder_of(asked.model, Path(folder), percents) for percents in ((100,), (50, 100)))

@@ -1,8 +1,10 @@
 """Engines of the suite, and what its environment is. Without vLLM every test is skipped."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +35,23 @@ def ladder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+Starter = Callable[..., Engine]
+
+
 @pytest.fixture(scope="session")
-def engine(ladder_path: Path) -> Engine:
+def starter() -> Starter:
+    """`start`, whose engines live to the end: the first one that is collected would take the distributed groups, of which
+    a process has one set, away from all the others."""
+    alive: list[Engine] = []
+
+    def started(folder: Path, **arguments: Any) -> Engine:
+        alive.append(start(folder, **arguments))
+        return alive[-1]
+
+    return started
+
+
+@pytest.fixture(scope="session")
+def engine(starter: Starter, ladder_path: Path) -> Engine:
     """The bundled model with sub-models, float32, short of memory: prompts are chunked and requests preempted."""
-    return start(BUNDLED, ladder_path=ladder_path)
+    return starter(BUNDLED, ladder_path=ladder_path)

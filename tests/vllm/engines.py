@@ -105,10 +105,8 @@ class Result:
 
 
 def start(folder: Path, *, submodels: bool = True, ladder_path: Path | None = None, **arguments: Any) -> Engine:
-    """An engine in this process, with the programmed decider; `submodels` False: vLLM as it is.
-
-    It is never shut down: that takes the process's one set of distributed groups away from all the others.
-    """
+    """An engine in this process, with the programmed decider; `submodels` False: vLLM as it is. It must live as long as
+    any other one; see the fixture `starter`."""
     from vllm import LLM
 
     from sortserve.engine.vllm.launch import engine_arguments

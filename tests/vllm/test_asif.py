@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sortserve.engine.config import load_model_config
-from tests.vllm.conftest import BUNDLED
-from tests.vllm.engines import Engine, start
+from tests.vllm.conftest import BUNDLED, Starter
+from tests.vllm.engines import Engine
 
 MAX_TOKENS = 24
 PROMPT_LENGTHS = (3, 20, 31, 33, 64, 70, 96, 130)  # around the block size of 32 and the step size of 64
@@ -79,10 +79,10 @@ def test_alone_is_what_the_formulas_say(engine: Engine) -> None:
             assert logits.max() - logits[token] < 1e-3, f"{entry.id}, output token {number}"
 
 
-def test_full_depth_is_stock_vllm(engine: Engine) -> None:
+def test_full_depth_is_stock_vllm(engine: Engine, starter: Starter) -> None:
     asked = prompts(engine, PROMPT_LENGTHS)
     ours = engine.generate(asked, [pinned(engine, engine.ladder.full)] * len(asked), MAX_TOKENS)
-    theirs = start(BUNDLED, submodels=False).generate(asked, [None] * len(asked), MAX_TOKENS)
+    theirs = starter(BUNDLED, submodels=False).generate(asked, [None] * len(asked), MAX_TOKENS)
     assert [result.tokens for result in ours] == [result.tokens for result in theirs]
 
 

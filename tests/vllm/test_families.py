@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engines import asif_ladder, start
+from tests.vllm.conftest import Starter
+from tests.vllm.engines import asif_ladder
 from tests.vllm.test_asif import pinned
 
 # CPU attention takes heads of 32 and more
@@ -20,7 +21,7 @@ PROMPTS = [[7, 30, 2, 90, 41], [(3 * number + 5) % 101 for number in range(70)],
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path) -> None:
+def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path, starter: Starter) -> None:
     from tests.engine.drive import ask, greedy, load_engine, run
     from tests.engine.tiny_models import make_tiny
 
@@ -31,7 +32,7 @@ def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path) ->
     ladder.dump(tmp_path / "ladder.json")
     places = [place % len(ladder.entries) for place in range(2 * len(ladder.entries))]
     asked = [PROMPTS[number % len(PROMPTS)] for number in range(len(places))]
-    engine = start(tmp_path, ladder_path=tmp_path / "ladder.json", num_gpu_blocks_override=60)
+    engine = starter(tmp_path, ladder_path=tmp_path / "ladder.json", num_gpu_blocks_override=60)
     together = engine.generate(asked, [pinned(engine, place) for place in places], 8)
     native = load_engine(tmp_path)
     requests = [
@@ -42,13 +43,13 @@ def test_submodels_say_what_the_native_engine_says(case: str, tmp_path: Path) ->
         assert result.tokens == outcome.tokens, ladder.entries[place].id
 
 
-def test_without_a_ladder_neurons_are_sorted_as_the_native_engine_does(tmp_path: Path) -> None:
+def test_without_a_ladder_neurons_are_sorted_as_the_native_engine_does(tmp_path: Path, starter: Starter) -> None:
     """Three quarters of unsorted neurons would be any three quarters."""
     from tests.engine.drive import ask, greedy, load_engine, run
     from tests.engine.tiny_models import make_tiny
 
     make_tiny(tmp_path, "llama", seed=6, **SIZES, mlp_bias=True, intermediate_size=1024)
-    engine = start(tmp_path)
+    engine = starter(tmp_path)
     assert [entry.id for entry in engine.ladder.entries] == ["d6-w75", "d6"]
     results = engine.generate(PROMPTS, [pinned(engine, 0)] * len(PROMPTS), 8)
     native = load_engine(tmp_path)
