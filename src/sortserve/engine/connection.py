@@ -4,9 +4,11 @@ What is asked of an engine that has ended raises EngineFailedError; every reques
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,6 +36,7 @@ from sortserve.engine.protocol import EngineInfo, Event, FailedEvent, FinishedEv
 
 _LOG = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-P", "-m", "sortserve.engine.process")  # -P: no module beside the user's files is ours
+VLLM_COMMAND = (sys.executable, "-P", "-m", "sortserve.engine.vllm.process")
 _ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 """PyTorch and oneDNN keep 1,024 compiled products each, one per matrix and number of rows: 550 MiB after 12,000 requests
 in batches of all sizes, 65 MiB with these few, which hold the products of ten sizes. Read when torch is loaded."""
@@ -188,8 +191,7 @@ class EngineConnection:
             self._over = why
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
-        if self._process.returncode is None:
-            self._process.kill()  # also ends one that was stopped
+        self._kill_group()  # also one that was stopped; a process that died may leave others behind
         self._loaded.cancel()
         for request_id in list(self._streams):
             self._fail(request_id)
@@ -199,6 +201,11 @@ class EngineConnection:
         if self._process.stdin is not None:
             self._process.stdin.close()
         await self._process.wait()  # last: the system may take its time to give a large process's memory back
+
+    def _kill_group(self) -> None:
+        """The process and those that it started (vLLM's engine core): it leads a session of its own."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> None:
         """Take whatever has come. The socket tells once that something came, not as long as it lies there."""

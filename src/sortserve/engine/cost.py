@@ -8,7 +8,7 @@ whatever the others do: the share that only it needs costs what one row costs. A
 first row of a segment pays for its weights, further ones for little until computing takes over from reading.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -79,6 +79,18 @@ class CostTable:
         context = (self.layers * shape.context * active).sum(-1) * self.context_seconds
         pairs = (self.layers * shape.pairs * active).sum(-1) * self.pair_seconds
         return self.base + self._at(self.head, shape.sampled), np.where(active, weights, 0.0), context, pairs
+
+    def scaled(self, factor: float) -> "CostTable":
+        """Every time of this table, times `factor`."""
+        return replace(
+            self,
+            layer=self.layer * factor,
+            ffn=self.ffn * factor,
+            head=self.head * factor,
+            base=self.base * factor,
+            context_seconds=self.context_seconds * factor,
+            pair_seconds=self.pair_seconds * factor,
+        )
 
     def p90(self, shape: StepShape) -> Floats:
         """Median times `spread`, [...]."""

@@ -30,8 +30,8 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     about: dict[str, str] = {}
 
 
-def write_cost(path: Path, table: CostTable, about: dict[str, str] | None = None) -> None:
-    """Write the table. Raises OSError; a file of that name is whole at all times."""
+def encode_cost(table: CostTable, about: dict[str, str] | None = None) -> bytes:
+    """The table as JSON."""
     file = _File(
         format=FORMAT,
         version=VERSION,
@@ -40,13 +40,18 @@ def write_cost(path: Path, table: CostTable, about: dict[str, str] | None = None
         layer=table.layer.tolist(),
         ffn=table.ffn.tolist(),
         head=table.head.tolist(),
-        base=table.base,
-        context_seconds=table.context_seconds,
-        pair_seconds=table.pair_seconds,
-        spread=table.spread,
+        base=float(table.base),
+        context_seconds=float(table.context_seconds),
+        pair_seconds=float(table.pair_seconds),
+        spread=float(table.spread),
         about=about or {},
     )
-    content = msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
+    return msgspec.json.encode(file)
+
+
+def write_cost(path: Path, table: CostTable, about: dict[str, str] | None = None) -> None:
+    """Write the table. Raises OSError; a file of that name is whole at all times."""
+    content = msgspec.json.format(encode_cost(table, about), indent=1) + b"\n"
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "wb") as made:
@@ -59,21 +64,26 @@ def write_cost(path: Path, table: CostTable, about: dict[str, str] | None = None
 
 def read_cost(path: Path) -> CostTable:
     """Read a table. Raises ValueError, naming the file, if it holds none, and OSError if it cannot be read."""
+    return decode_cost(path.read_bytes(), str(path))
+
+
+def decode_cost(content: bytes, source: str) -> CostTable:
+    """A table from its JSON. Raises ValueError, naming the source, if it holds none."""
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        file = msgspec.json.decode(content, type=_File)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     if (file.format, file.version) != (FORMAT, VERSION):
         raise ValueError(
-            f"{path}: format {file.format!r} version {file.version}, expected {FORMAT!r} version {VERSION}"
+            f"{source}: format {file.format!r} version {file.version}, expected {FORMAT!r} version {VERSION}"
         )
     columns = [np.array(column, np.float64) for column in (file.buckets, file.layer, file.ffn, file.head)]
     scalars = (file.base, file.context_seconds, file.pair_seconds, file.spread)
     if not columns[0].size or any(len(column) != len(columns[0]) for column in columns):
-        raise ValueError(f"{path}: buckets, layer, ffn and head must be lists of one length")
+        raise ValueError(f"{source}: buckets, layer, ffn and head must be lists of one length")
     finite = np.isfinite([*scalars, *np.concatenate(columns)]).all()
     if not finite or min(*scalars, *map(np.min, columns)) < 0 or (np.diff(columns[0]) <= 0).any():
-        raise ValueError(f"{path}: times must be finite and not negative, buckets ascending")
+        raise ValueError(f"{source}: times must be finite and not negative, buckets ascending")
     buckets, layer, ffn, head = columns
     return CostTable(
         np.array(file.layers, np.int64),

@@ -59,6 +59,10 @@ class CostModel:
         """Speed of the machine now over that at start; above 1 it is slower."""
         return math.exp(self._speed)
 
+    def present(self) -> CostTable:
+        """The table with what was learned until now; of the factors by kind of step, that of decoding."""
+        return replace(self._now.scaled(math.exp(self._speed + self._kinds["decode"])), spread=self._spread["decode"])
+
     def start_at(self, shape: StepShape, seconds: float) -> None:
         """The machine's speed at the start, from one step: a table that was fitted at another time is off by that."""
         predicted = float(self.table.seconds(shape))

@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 MOST_MATCHERS = 64
 """Kept at once, the latest used; one that was let go is made again from the request's tokens."""
 
-_WHITESPACE = r"[ \t\r\n]{1,32}"
+WHITESPACE = r"[ \t\r\n]{1,32}"
 """Between two tokens of JSON. Without an end to it a model may write blanks until max_tokens."""
 
 _MOST_EXACT = 2**53
@@ -48,7 +48,7 @@ def schema_with_options(schema: Mapping[str, Any], *, lenient: bool = False) -> 
         if isinstance(value, dict):
             _check_exact(value.get("const"))
             _check_exact(*value["enum"] if isinstance(value.get("enum"), list) else ())
-    return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE, "lenient": lenient, "coerce_one_of": lenient}}
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, "lenient": lenient, "coerce_one_of": lenient}}
 
 
 def _check_exact(*values: Any) -> None:

@@ -247,8 +247,24 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         default="native",
-        choices=("native", "simulated"),
-        help="simulated: waits as long as --simulates would take and makes up tokens; loads no weights. Default: native",
+        choices=("native", "simulated", "vllm"),
+        help="vllm: the same sub-models on vLLM, for several GPUs (docs/vllm.md). simulated: waits as long as --simulates "
+        "would take and makes up tokens; loads no weights. Default: native",
+    )
+    add(
+        "--tensor-parallel-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="for --backend vllm: GPUs a model is split over",
+    )
+    add("--pipeline-parallel-size", type=positive, default=1, metavar="N", help="for --backend vllm: refused if over 1")
+    add(
+        "--vllm-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for --backend vllm: an engine argument of vLLM, such as gpu_memory_utilization=0.8; may repeat",
     )
     add("--simulates", default="h200", metavar="GPU", help="for --backend simulated: h100, h200, h200x4; default: h200")
     add("--allow-origin", action="append", default=[], metavar="URL", help="site whose pages may call; may repeat")

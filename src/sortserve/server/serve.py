@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from sortserve.engine.config import EngineConfig, load_model_config
+from sortserve.engine.connection import COMMAND, VLLM_COMMAND
 from sortserve.engine.errors import StartupError
 from sortserve.engine.logs import configure_logging
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
+from sortserve.engine.vllm.compat import check_version
+from sortserve.engine.vllm.start import parsed
 from sortserve.server.app import create_app
 from sortserve.server.bounded_http import BoundedHttpProtocol
 from sortserve.server.state import ServerOptions, ServerState
@@ -37,6 +40,8 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     tracing = open_tracing(args.otlp_endpoint)
     config = engine_config(folder, args)
     load_model_config(folder)  # a wrong folder is refused here, before anything listens
+    if args.backend == "vllm":
+        check_version()
     tokenizer = Tokenizer.load(folder)
     options = ServerOptions(
         api_keys=tuple(args.api_key),
@@ -49,7 +54,8 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
         vllm_metrics=args.metrics_compat == "vllm",
         log_prompts=args.log_prompts,
     )
-    backend = ProcessBackend(config, LoadingLog(), hang_seconds=args.engine_timeout)
+    command = VLLM_COMMAND if args.backend == "vllm" else COMMAND
+    backend = ProcessBackend(config, LoadingLog(), hang_seconds=args.engine_timeout, command=command)
     app = create_app(backend, tokenizer, options, lambda: server.stop(), tracing)
     listener = _listen(args.host, args.port)
     state: ServerState = app.state.server
@@ -94,7 +100,19 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         prefix_cache=not args.no_prefix_cache,
         profile_cache=not args.no_profile_cache,
         simulates=args.simulates if args.backend == "simulated" else None,
+        vllm_args=vllm_arguments(args) if args.backend == "vllm" else (),
     )
+
+
+def vllm_arguments(args: argparse.Namespace) -> tuple[str, ...]:
+    """vLLM's engine arguments from the flags; those given by name come last and win. Raises StartupError."""
+    parsed(args.vllm_arg)
+    sizes = [
+        f"{name}={getattr(args, name)}"
+        for name in ("tensor_parallel_size", "pipeline_parallel_size")
+        if getattr(args, name) > 1
+    ]
+    return (*sizes, *args.vllm_arg)
 
 
 class LoadingLog:

@@ -1,17 +1,25 @@
 """`sortserve simulate` from a trace file to tables, JSON and plots."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sortserve.engine.config import load_model_config
+from sortserve.engine.cost_file import write_cost
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.simulator.command import maker
 from sortserve.engine.simulator.experiment import Scenario, bound_of, find_replicas, run_policy
-from sortserve.engine.simulator.hardware import replica_config
+from sortserve.engine.simulator.hardware import BACKENDS, replica_config, unloaded
+from sortserve.engine.simulator.records import Records
+from sortserve.engine.simulator.replica import Replica
 from sortserve.engine.simulator.summary import interval
-from sortserve.engine.simulator.traces import read_trace
-from sortserve.server.cli import main
+from sortserve.engine.simulator.traces import draw_budgets, read_trace
+from sortserve.server.cli import BUNDLED, main
+from tests.engine.small import step_cost
 
 pytest.importorskip("scipy")
 
@@ -84,6 +92,39 @@ def test_more_replicas_keep_more_budgets_and_the_fewest_are_found(trace_file: Pa
     assert attainment(fewest - 1) < 0.9
     assert find_replicas(make, trace, config, scenario, [0], 0.9, most=1) is None
     assert bound_of(trace, config, scenario, 0).met >= attainment(1)
+
+
+def test_costs_that_a_server_has_measured(trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On vLLM going deeper means computing again: fewer budgets are kept than natively, with the same step times."""
+    shape = load_model_config(BUNDLED).shape
+    ladder = Ladder.load(BUNDLED / "ladder.json", shape)
+    table = step_cost(ladder)
+    write_cost(tmp_path / "cost.json", table)
+    asked = ["simulate", "--trace", str(trace_file), "--model", str(BUNDLED), "--cost", str(tmp_path / "cost.json")]
+    asked += ["--policy", "slack", "--load", "3", "--seconds", "10", "--seeds", "1", "--no-bound", "--out"]
+    runs = {}
+    for backend in ("native", "vllm"):
+        assert main([*asked, str(tmp_path / backend), "--no-plots", "--backend", backend]) == 0
+        content = json.loads((tmp_path / backend / "simulate.json").read_text())
+        [[runs[backend]]] = [load["runs"] for load in content["loads"].values()]
+    assert runs["native"]["digest"] != runs["vllm"]["digest"]
+    write_cost(tmp_path / "cost.json", replace(table, layers=table.layers + 1))
+    capsys.readouterr()
+    assert main([*asked, str(tmp_path / "other")]) == 2
+    assert "made for segments of" in capsys.readouterr().err
+
+
+def test_no_state_is_kept_to_refill_from_on_vllm(trace_file: Path) -> None:
+    trace = read_trace(trace_file)
+    for backend, ever in (("native", True), ("vllm", False)):
+        config = replace(replica_config("llama-3.1-8b", "h200"), capabilities=BACKENDS[backend])
+        workload = draw_budgets(trace, unloaded(config), 0)
+        records = Records(workload, len(config.rungs.exits))
+        replica = Replica(config, make_policy("fixed", config.rungs), workload, records)
+        for number in range(8):
+            replica.submit(number)
+        replica.advance(0.5)
+        assert bool(replica.live.resumable.any()) is ever
 
 
 @pytest.mark.parametrize(

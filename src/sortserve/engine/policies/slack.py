@@ -108,7 +108,8 @@ class Slack:
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
         hopeless = outlook.hopeless(view.floor)
         dropped |= hopeless
-        sits = dropped | (np.array([s.pause for s in settings])[:, None] & ~view.budgeted & view.running)
+        pauses = np.array([s.pause and "sit_out" in view.capabilities for s in settings])
+        sits = dropped | (pauses[:, None] & ~view.budgeted & view.running)
         # the last two: everybody at the floor, with as many rows of prompts as now, and with few
         tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None], view.floor[None]])
         chunk = np.array([*(_PARTS[s.part] for s in (*settings, self._setting)), _FEW]) * view.step_tokens

@@ -14,7 +14,7 @@ from sortserve.engine.rungs import Rungs
 from sortserve.engine.simulator import plots, report
 from sortserve.engine.simulator.capacity import closed_loop_rate
 from sortserve.engine.simulator.experiment import Result, Scenario, compare, find_replicas
-from sortserve.engine.simulator.hardware import replica_config
+from sortserve.engine.simulator.hardware import BACKENDS, measured_config, replica_config
 from sortserve.engine.simulator.replica import ReplicaConfig
 from sortserve.engine.simulator.traces import BudgetMix, Trace, read_trace
 
@@ -23,11 +23,11 @@ def run(args: argparse.Namespace) -> int:
     """The command; raises StartupError for what cannot be done with these arguments."""
     try:
         trace = read_trace(args.trace)
-        config = replica_config(args.model, args.device)
+        config = _replica(args)
         mix = BudgetMix(args.interactive, args.relaxed, 0.0 if args.best_effort else 1.0)
         makers = {name: maker(name, config.rungs) for name in args.policy.split(",")}
     except OSError as error:
-        raise StartupError(f"{args.trace}: {error.strerror}", param="trace") from error
+        raise StartupError(f"{error.filename or args.trace}: {error.strerror}", param="trace") from error
     except ValueError as error:
         raise StartupError(str(error), param="simulate") from error
     config = replace(config, max_running=args.max_running, step_tokens=args.step_tokens, noise=args.noise)
@@ -49,6 +49,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and results:
         _write(args, full, results)
     return 0
+
+
+def _replica(args: argparse.Namespace) -> ReplicaConfig:
+    """By name of model and device, or by a folder and what was measured with it. Raises ValueError and OSError."""
+    if args.cost is None:
+        return replace(replica_config(args.model, args.device), capabilities=BACKENDS[args.backend])
+    return measured_config(Path(args.model), args.cost, args.kv_memory, backend=args.backend)
 
 
 def maker(name: str, rungs: Rungs) -> Callable[[], Policy]:
@@ -128,8 +135,20 @@ def _finite(value: object) -> object:
 def add_arguments(add: Callable[..., object], positive: Callable[[str], int]) -> None:
     """The arguments of the command."""
     add("--trace", type=Path, required=True, metavar="FILE", help="Azure CSV or Mooncake JSONL")
-    add("--model", default="llama-3.1-8b", help="llama-3.1-8b or llama-3.1-70b; default: llama-3.1-8b")
+    add(
+        "--model",
+        default="llama-3.1-8b",
+        help="llama-3.1-8b or llama-3.1-70b, with --cost a folder; default: the first",
+    )
     add("--device", default="h200", help="h100 or h200, several that split each layer as h200x4; default: h200")
+    add(
+        "--cost",
+        type=Path,
+        metavar="FILE",
+        help="step times as a server has measured them (it names the file when it starts); --model is its folder then",
+    )
+    add("--kv-memory", type=float, default=2.0**31, metavar="BYTES", help="with --cost; default: 2 GiB")
+    add("--backend", choices=tuple(BACKENDS), default="native", help="whose abilities a replica has; default: native")
     add("--replicas", type=positive, default=1, help="default: 1")
     add("--policy", default="slack,fixed", metavar="NAMES", help=f"of {', '.join(POLICY_NAMES)}, fixed:PLACE")
     add("--load", type=_numbers, default=(1.0,), metavar="X[,X]", help="of full-size closed-loop capacity; default: 1")

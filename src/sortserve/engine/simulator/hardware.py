@@ -7,10 +7,13 @@ reading its weights and computing; kernels that run one after another add up.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from sortserve.engine.config import load_model_config
 from sortserve.engine.cost import CostTable
+from sortserve.engine.cost_file import read_cost
 from sortserve.engine.ladder import Entry, Ladder, Measured, Quality
 from sortserve.engine.rungs import Floats, Rungs
 from sortserve.engine.settings import SettingsTable
@@ -54,6 +57,8 @@ MODELS = {
 
 # Sorted LLaMA (arXiv 2309.08968), Tables 4 and 5: (wins - losses) / 170 of each exit against the full model, 2 epochs
 SORTED_LLAMA = {12: -0.797, 16: -0.753, 20: -0.479, 24: -0.268, 28: -0.259, 32: -0.115, 36: -0.076, 40: -0.059}
+BACKENDS = {"native": frozenset({"refill", "sit_out", "reuse"}), "vllm": frozenset({"reuse"})}
+"""What a policy may use: on vLLM a request that goes deeper is computed again, and all that run take part in a step."""
 DEGRADED_BELOW = 0.5
 """Entries of less than this share of the full model's score are not chosen by `auto`."""
 
@@ -126,6 +131,21 @@ def replica_config(model: str, device: str) -> ReplicaConfig:
     ladder = sorted_llama_ladder(shape)
     rungs = Rungs.of(ladder, SettingsTable(ladder))
     return ReplicaConfig(rungs, cost_of(shape, rungs.layers, gpu), kv_sizes(shape, gpu))
+
+
+def measured_config(folder: Path, cost: Path, kv_bytes: float, *, backend: str = "native") -> ReplicaConfig:
+    """One replica of the model in `folder` whose steps take what a fitted table in the file `cost` says (the profile of a
+    native engine, or what a vLLM one has learned). Raises ValueError, OSError, and what reading the model raises."""
+    shape = load_model_config(folder).shape
+    path = folder / "ladder.json"
+    ladder = Ladder.load(path, shape) if path.is_file() else Ladder.default(shape)
+    rungs, table = Rungs.of(ladder, SettingsTable(ladder)), read_cost(cost)
+    if table.layers.tolist() != rungs.layers.tolist():
+        raise ValueError(
+            f"{cost}: made for segments of {table.layers.tolist()} layers, {folder} has {rungs.layers.tolist()}"
+        )
+    kv = KVSizes(shape.kv_bytes_per_token_layer, shape.hidden_size * shape.dtype_bytes, kv_bytes)
+    return ReplicaConfig(rungs, table, kv, capabilities=BACKENDS[backend])
 
 
 def unloaded(config: ReplicaConfig) -> Unloaded:

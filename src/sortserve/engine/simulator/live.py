@@ -106,8 +106,10 @@ class Live:
         known: Ints = self.num_prompt + self.num_output
         return known
 
-    def add(self, number: int, workload: Workload, *, floor: int, ceiling: int, expected: int) -> None:
-        """Request `number` of the workload arrives."""
+    def add(
+        self, number: int, workload: Workload, *, floor: int, ceiling: int, expected: int, resumable: bool = True
+    ) -> None:
+        """Request `number` of the workload arrives. `resumable`: states are kept to deepen it from."""
         arrival = float(workload.arrival[number])
         budgeted = bool(workload.budgeted[number])
         values: dict[str, float] = {
@@ -124,6 +126,7 @@ class Live:
             "budgeted": budgeted,
             "strict": bool(workload.strict[number]),
             "exact": not budgeted or floor == ceiling,
+            "resumable": resumable,
             "group": int(workload.group[number]),
             "shared": int(workload.shared[number]),
         }

@@ -105,7 +105,8 @@ class Replica:
         budgeted = bool(workload.budgeted[number])
         expected = max(1, round(int(workload.num_output[number]) * self._config.length_factor))
         floor = rungs.default_floor if budgeted else rungs.full
-        live.add(number, workload, floor=floor, ceiling=rungs.full, expected=expected)
+        keeps = "refill" in self._config.capabilities
+        live.add(number, workload, floor=floor, ceiling=rungs.full, expected=expected, resumable=keeps)
         self._decision = None
 
     # ---- time
@@ -292,7 +293,8 @@ class Replica:
         live.running[ran] = True
         live.place[ran] = place
         full_again = after[ran, 0] == after[ran, self._config.rungs.exits[live.ceiling[ran]] - 1]
-        live.resumable[ran] |= full_again
+        if "refill" in self._config.capabilities:
+            live.resumable[ran] |= full_again
         self.memory.publish(live, ran)
         sampled = ran[stop == live.known[ran]]
         fresh = sampled[live.num_output[sampled] == 0]

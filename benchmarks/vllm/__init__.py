@@ -1,0 +1,1 @@
+"""SortServe inside vLLM against vLLM alone; in the environment of `make test-vllm`."""

@@ -1,0 +1,82 @@
+"""What steps cost inside vLLM, learned from the steps that ran: nothing can be profiled there before the scheduler is.
+
+Plain numbers, no vLLM. A first table is fitted once enough steps ran, which the warm-up's requests see to; it is fitted
+anew as more of them came, and in between every step corrects it.
+"""
+
+import numpy as np
+
+from sortserve.engine.cost import CostTable, StepCost, StepShape
+from sortserve.engine.cost_fit import Measured, fit_table
+from sortserve.engine.cost_model import CostModel
+from sortserve.engine.rungs import Floats, Rungs
+from sortserve.engine.vllm.deciding import MeasuredStep
+
+ENOUGH_STEPS = 64
+"""Measured steps that a first table is fitted to; again at twice as many, and so on up to MOST_STEPS: a fit takes the
+scheduler up to some 0.1 s, so there are few, and the warm-up has most of them."""
+MOST_STEPS = 256
+MOST_BUCKET = 1024
+
+
+class LearnedCost:
+    """A cost model that comes to be once enough steps ran, and learns from every later one."""
+
+    def __init__(self, rungs: Rungs) -> None:
+        self.model: CostModel | None = None
+        self.steps = 0
+        self._rungs = rungs
+        self._measured: list[Measured] = []
+        self._next_fit = ENOUGH_STEPS
+
+    @property
+    def now(self) -> StepCost:
+        """What to price steps with; steps are free before the first fit, so that no deadline seems at risk."""
+        return CostTable.free(self._rungs) if self.model is None else self.model
+
+    @property
+    def table(self) -> CostTable | None:
+        """The table as it is now, corrections included; None before the first fit."""
+        return None if self.model is None else self.model.present()
+
+    def note(self, shape: StepShape, seconds: float) -> None:
+        """A step ran."""
+        if not 0.0 < seconds < np.inf or not (shape.rows > 0).any():
+            return
+        self.steps += 1
+        if self.model is not None:
+            self.model.observe(shape, seconds)
+        if len(self._measured) >= MOST_STEPS:
+            return
+        self._measured.append(Measured(shape, seconds))
+        if len(self._measured) == self._next_fit:
+            self._next_fit *= 2
+            most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
+            powers = int(min(most, MOST_BUCKET)).bit_length()
+            self.model = CostModel(
+                fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
+            )
+
+
+def shape_of(rungs: Rungs, step: MeasuredStep) -> StepShape:
+    """The shape of a step that vLLM ran.
+
+    It tells rows, requests and contexts, these rows included, by place. Which of a place's requests had more than one row
+    is not told: the rows above one a request count as one chunk, with a context like the others'.
+    """
+    spread: Floats = np.zeros((4, len(rungs.exits)))  # rows, requests, contexts, pairs; by place
+    for place, (rows, requests, contexts) in step.rows.items():
+        chunk = rows - requests + 1
+        context = max(contexts / max(1, requests), chunk)
+        spread[:, place] = rows, requests, contexts, chunk * (context - chunk / 2) if chunk > 1 else 0.0
+    rows, requests, contexts, pairs = spread
+    share = np.where(rows[:, None] > 0, rungs.share, 0.0)
+    return StepShape(
+        rows @ rungs.runs,
+        rows @ rungs.share,
+        share.max(0, initial=0.0),
+        contexts @ rungs.runs,
+        pairs @ rungs.runs,
+        np.asarray(float(requests.sum())),
+        "mixed" if step.had_prompt else "decode",
+    )

@@ -1,0 +1,39 @@
+"""What each step held and how long it took, seen from vLLM's scheduler."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from sortserve.engine.vllm.deciding import MeasuredStep
+
+
+class StepClock:
+    """Pairs schedulings with outputs, which vLLM delivers in order. Seconds on one clock."""
+
+    def __init__(self) -> None:
+        self._open: deque[tuple[int, float, dict[int, tuple[int, int, int]], bool]] = deque()
+        self._last_end = 0.0
+
+    def scheduled(self, output: Any, places: Mapping[str, int], requests: Mapping[str, Any], now: float) -> None:
+        """A step was scheduled at `now`; steps without rows are not measured."""
+        if not output.num_scheduled_tokens:
+            return
+        rows: dict[int, tuple[int, int, int]] = {}
+        had_prompt = False
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = requests[request_id]
+            before = rows.get(places[request_id], (0, 0, 0))
+            rows[places[request_id]] = before[0] + tokens, before[1] + 1, before[2] + request.num_computed_tokens
+            had_prompt |= tokens > 1 or request.is_prefill_chunk
+        self._open.append((id(output), now, rows, had_prompt))
+
+    def finished(self, output: Any, now: float) -> MeasuredStep | None:
+        """Its outputs are there; None for a step that is not measured."""
+        while self._open and self._open[0][0] != id(output) and any(number == id(output) for number, *_ in self._open):
+            self._open.popleft()  # its outputs were dropped
+        if not self._open or self._open[0][0] != id(output):
+            return None
+        _, began, rows, had_prompt = self._open.popleft()
+        seconds = now - max(began, self._last_end)
+        self._last_end = now
+        return MeasuredStep(rows, seconds, had_prompt)

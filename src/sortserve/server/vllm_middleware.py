@@ -1,0 +1,160 @@
+"""Latency budgets for a user's own `vllm serve`: ASGI middleware that turns our headers and body fields into `vllm_xargs`.
+
+    vllm serve MODEL ... --middleware sortserve.server.vllm_middleware.LatencyBudgets
+
+The ladder is read from the configuration that vLLM's server keeps, so ids and floors are checked here, where a mistake is
+a 400: an exception in vLLM's scheduler would end its engine. Imports no vLLM.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sortserve.engine.admission import resolve_terms
+from sortserve.engine.config import load_model_config
+from sortserve.engine.errors import PayloadTooLargeError, RequestError, SortServeError
+from sortserve.engine.ladder import Ladder
+from sortserve.engine.protocol import GenerateRequest
+from sortserve.engine.sampling import SamplingParams
+from sortserve.engine.vllm.configuration import KEY
+from sortserve.engine.vllm.translate import check_extra_args, extra_args
+from sortserve.server.budget_headers import read_terms
+from sortserve.server.errors import error_response
+
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+MAX_BODY_BYTES = 64 << 20
+XARGS = "vllm_xargs"
+
+
+@dataclass
+class _Fields:
+    """Our body fields; vLLM's own server does not know them."""
+
+    latency_budget_ms: float | str | None = None
+    latency_budget_ttft_ms: float | str | None = None
+    latency_budget_tpot_ms: float | str | None = None
+    latency_budget_policy: str | None = None
+    submodel: str | None = None
+    submodel_floor: str | None = None
+    quality_floor: float | None = None
+    kv_mode: str | None = None
+
+
+_NAMES = tuple(_Fields.__dataclass_fields__)
+_TEXTS = ("latency_budget_policy", "submodel", "submodel_floor", "kv_mode")
+
+
+class LatencyBudgets:
+    """The middleware. `ladder`: for tests; None: of the app's `state.vllm_config`."""
+
+    def __init__(self, app: ASGIApp, ladder: Ladder | None = None) -> None:
+        self._app = app
+        self._ladder = ladder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on; of a request for text, its body with what our headers say."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
+            await self._app(scope, receive, send)
+            return
+        arrival = time.monotonic()
+        try:
+            content = await _read(receive)
+            content = self._rewritten(scope, content, arrival)
+        except SortServeError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        scope = {**scope, "headers": _with_length(scope["headers"], len(content))}
+        await self._app(scope, _Given(content, receive), send)
+
+    def _rewritten(self, scope: Scope, content: bytes, arrival: float) -> bytes:
+        """Raises SortServeError for what our headers, fields or arguments say wrong; other mistakes are vLLM's to tell."""
+        try:
+            body = json.loads(content)
+        except ValueError:
+            return content
+        if not isinstance(body, dict):
+            return content
+        headers, given = Headers(scope=scope), body.get(XARGS) or {}
+        fields = _fields({name: body.pop(name) for name in _NAMES if name in body})
+        ladder = self._ladder or _ladder_of(scope)
+        if not isinstance(given, dict):
+            return content  # vLLM says what is wrong with it
+        check_extra_args(given, ladder)
+        terms = read_terms(headers, fields, ladder, capabilities=frozenset({"reuse"}))
+        if terms.budget is None and terms.submodel == "auto" and terms.floor is None and terms.quality_floor is None:
+            return json.dumps(body).encode()
+        asked = GenerateRequest(
+            "",
+            (0,),
+            SamplingParams(),
+            arrival,
+            terms.budget,
+            terms.submodel,
+            terms.floor,
+            terms.quality_floor,
+            terms.kv_mode,
+        )
+        resolved = resolve_terms(asked, ladder)
+        ours = extra_args(asked, resolved, ladder, time.time() - time.monotonic())
+        return json.dumps({**body, XARGS: {**given, **ours}}).encode()
+
+
+def _fields(given: dict[str, Any]) -> _Fields:
+    for name, value in given.items():
+        texts = isinstance(value, str) or value is None
+        numbers = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (texts if name in _TEXTS else numbers or (texts and name != "quality_floor") or value is None):
+            raise RequestError(f"{name} is {value!r:.100}, which is of the wrong type", param=name)
+    return _Fields(**given)
+
+
+def _ladder_of(scope: Scope) -> Ladder:
+    """Of the model that vLLM serves."""
+    settings = scope["app"].state.vllm_config
+    own = (settings.additional_config or {}).get(KEY, {})
+    return _ladder(str(settings.model_config.model), str(own.get("ladder") or ""))
+
+
+@lru_cache(maxsize=4)
+def _ladder(folder: str, path: str) -> Ladder:
+    shape = load_model_config(Path(folder)).shape
+    file = Path(path) if path else Path(folder) / "ladder.json"
+    return Ladder.load(file, shape) if path or file.is_file() else Ladder.default(shape)
+
+
+async def _read(receive: Receive) -> bytes:
+    content = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return bytes(content)
+        content += message.get("body", b"")
+        if len(content) > MAX_BODY_BYTES:
+            raise PayloadTooLargeError(f"the body is over {MAX_BODY_BYTES} bytes")
+        if not message.get("more_body", False):
+            return bytes(content)
+
+
+class _Given:
+    """A `receive` whose body is there already; what comes after it is the client's."""
+
+    def __init__(self, content: bytes, receive: Receive) -> None:
+        self._content: bytes | None = content
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        content, self._content = self._content, None
+        if content is None:
+            return await self._receive()
+        return {"type": "http.request", "body": content, "more_body": False}
+
+
+def _with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"transfer-encoding")]
+    return [*kept, (b"content-length", str(length).encode())]

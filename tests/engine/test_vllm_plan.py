@@ -1,0 +1,118 @@
+"""The plan of a step in vLLM, without vLLM: segments, row order, and which rows run which FFN blocks."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.submodel import ModelShape, SubModel
+from sortserve.engine.vllm.model.rows import RowLayouts, block_rows
+from sortserve.engine.vllm.plan import deepest_first, plan_step, swaps
+
+CPU = torch.device("cpu")
+SHAPE = ModelShape(num_layers=8, hidden_size=4, ffn_width=32, num_heads=1, num_kv_heads=1, head_dim=4, vocab_size=8)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Places and tokens of requests, deepest first; exits by place; bounds."""
+    bounds = [0, *sorted(draw(st.sets(st.integers(1, 40), min_size=1, max_size=5)))]
+    exits = draw(st.lists(st.integers(1, len(bounds) - 1), min_size=1, max_size=6))
+    places = draw(st.lists(st.integers(0, len(exits) - 1), min_size=1, max_size=12))
+    places.sort(key=lambda place: -exits[place])
+    tokens = draw(st.lists(st.integers(1, 50), min_size=len(places), max_size=len(places)))
+    return places, tokens, exits, bounds
+
+
+@given(batches())
+def test_every_request_runs_its_layers_and_no_other(batch: tuple[list[int], list[int], list[int], list[int]]) -> None:
+    places, tokens, exits, bounds = batch
+    plan = plan_step(places, tokens, exits, bounds)
+    for request, place in enumerate(places):
+        depth = bounds[exits[place]]
+        run = [
+            layer
+            for segment in plan.segments
+            for layer in range(segment.start, segment.end)
+            if request < segment.num_requests
+        ]
+        assert run == list(range(depth))
+    for segment in plan.segments:
+        assert segment.num_tokens == sum(tokens[: segment.num_requests]) > 0
+        assert all(plan.of_layer(layer) == segment for layer in range(segment.start, segment.end))
+    assert plan.of_layer(bounds[-1]) is None
+    assert plan.num_tokens == sum(tokens)
+    assert all(
+        one.end == other.start and one.num_requests >= other.num_requests for one, other in pairwise(plan.segments)
+    )
+
+
+def test_a_batch_out_of_order_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="deepest first"):
+        plan_step([0, 1], [1, 1], [1, 2], [0, 2, 4])
+
+
+@given(st.lists(st.integers(1, 5), max_size=20))
+def test_order_is_deepest_first_and_keeps_equals(exits: list[int]) -> None:
+    order = deepest_first(exits)
+    assert sorted(order) == list(range(len(exits)))
+    assert all((exits[a], -a) > (exits[b], -b) for a, b in pairwise(order))
+
+
+@given(st.permutations(list(range(15))))
+def test_swaps_bring_the_order_about(order: list[int]) -> None:
+    rows = list(range(len(order)))
+    done = swaps(order)
+    for first, second in done:
+        rows[first], rows[second] = rows[second], rows[first]
+    assert rows == order
+    assert len(done) < len(order)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 32), st.integers(1, 4)), min_size=1, max_size=8),
+    st.sets(st.integers(1, 31), max_size=3),
+)
+def test_blocks_add_up_to_each_rows_width(requests: list[tuple[int, int]], inner: set[int]) -> None:
+    """Counted neuron by neuron, as a BlockMLP would run them."""
+    widths, tokens = [width for width, _ in requests], [number for _, number in requests]
+    boundaries = (*sorted(inner), 32)
+    run = torch.zeros(sum(tokens), 32, dtype=torch.long)
+    start = 0
+    for block, end in zip(block_rows(widths, tokens, boundaries, CPU), boundaries, strict=False):
+        rows = torch.arange(sum(tokens))
+        rows = rows[: block.first] if block.index is None else rows[block.index]
+        neurons = torch.arange(start, end)
+        limit = torch.full((len(rows),), end) if block.limit is None else block.limit
+        run[rows[:, None], neurons[None]] += (neurons[None] < limit[:, None]).long()
+        start = end
+    expected = torch.arange(32)[None] < torch.tensor(widths).repeat_interleave(torch.tensor(tokens))[:, None]
+    assert torch.equal(run, expected.long())
+
+
+def test_rows_of_a_layer_follow_the_submodels() -> None:
+    entries = [
+        Entry("half", SubModel.make(4, 16)),
+        Entry("skips", SubModel.make(8, 32, skip_attention=[1], skip_ffn=[2])),
+    ]
+    ladder = Ladder.of(SHAPE, entries)
+    half, skips, full = ladder.place("half"), ladder.place("skips"), ladder.full
+    exits = [ladder.exits.index(entry.submodel.depth) + 1 for entry in ladder.entries]
+    layouts = RowLayouts(ladder, CPU)
+    plan = plan_step([skips, full, half], [2, 1, 3], exits, ladder.bounds)
+    rows = layouts.of(plan)
+    assert layouts.of(plan_step([skips, full, half], [2, 1, 3], exits, ladder.bounds)) is rows, "kept"
+    assert len(rows.layers) == 8
+    attention = [None if layer.attention is None else layer.attention.flatten().tolist() for layer in rows.layers]
+    assert attention == [None, [0, 0, 1, 1, 1, 1], *[None] * 6]
+    first = rows.layers[0].blocks
+    assert first is not None
+    assert [block.first for block in first] == [6, 3], "the half-wide rows, the last three, run one block"
+    skipping = rows.layers[2].blocks
+    assert skipping is not None
+    assert skipping[0].index is not None
+    assert skipping[0].index.tolist() == [2, 3, 4, 5]
+    assert rows.layers[7].blocks is None, "all there run the whole FFN"

@@ -1,0 +1,92 @@
+"""The middleware for a user's own vLLM server, around an app that gives back what reached it."""
+
+import json
+import time
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+
+from sortserve.engine.vllm.translate import ARRIVAL, BUDGET, CEILING, FLOOR, KV, SLO, SUBMODEL
+from sortserve.server.cli import BUNDLED
+from sortserve.server.vllm_middleware import XARGS, LatencyBudgets
+from tests.bundled import FLOOR as SMALLEST
+from tests.bundled import FULL, MIDDLE
+
+
+def app() -> FastAPI:
+    made = FastAPI()
+    made.state.vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(BUNDLED)), additional_config={"sortserve": {}}
+    )
+
+    async def echo(request: Request) -> Any:
+        content = await request.body()
+        assert int(request.headers["content-length"]) == len(content)
+        try:
+            return json.loads(content)
+        except ValueError:
+            return {"raw": content.decode()}
+
+    for path in ("/v1/completions", "/v1/embeddings"):
+        made.post(path)(echo)
+    made.add_middleware(LatencyBudgets)
+    return made
+
+
+async def reached(
+    headers: Mapping[str, str] | None = None, content: bytes | None = None, path: str = "/v1/completions", **body: Any
+) -> httpx.Response:
+    transport = httpx.ASGITransport(app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await client.post(path, content=content or json.dumps({"prompt": "x"} | body), headers=headers)
+
+
+async def test_headers_become_arguments() -> None:
+    before = time.time()
+    got = (await reached({"X-Latency-Budget-TTFT-Ms": "0.5s", "X-Latency-Budget-Policy": "strict"})).json()[XARGS]
+    assert (got[BUDGET], got[SLO], got[FLOOR], got[CEILING], got[KV]) == (
+        [500.0, -1.0, -1.0],
+        "strict",
+        SMALLEST,
+        FULL,
+        "reuse",
+    )
+    assert before - 1 <= got[ARRIVAL] <= time.time() + 1
+    assert (await reached({"X-Submodel": MIDDLE})).json()[XARGS][SUBMODEL] == MIDDLE
+
+
+async def test_fields_become_arguments_and_leave_the_body() -> None:
+    got = (await reached(latency_budget_ms=900, vllm_xargs={"mine": 1}, max_tokens=3)).json()
+    assert got[XARGS]["mine"] == 1
+    assert got[XARGS][BUDGET] == [-1.0, -1.0, 900.0]
+    assert (got["max_tokens"], "latency_budget_ms" in got) == (3, False)
+
+
+async def test_what_asks_for_nothing_stays_as_it_is() -> None:
+    assert (await reached(max_tokens=3)).json() == {"prompt": "x", "max_tokens": 3}
+    assert (await reached(content=b"no json")).json() == {"raw": "no json"}
+    assert (await reached(content=b"[1]")).json() == [1]
+    assert XARGS not in (await reached({"X-Latency-Budget-Ms": "5"}, path="/v1/embeddings")).json()
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "param"),
+    [
+        ({"X-Latency-Budget-Ms": "soon"}, {}, 400, "X-Latency-Budget-Ms"),
+        ({"X-Submodel": "d99"}, {}, 404, "X-Submodel"),
+        ({}, {"submodel": 3}, 400, "submodel"),
+        ({}, {"quality_floor": "0.5"}, 400, "quality_floor"),
+        ({}, {XARGS: {SUBMODEL: "d99"}}, 404, SUBMODEL),
+        ({}, {XARGS: {BUDGET: [1, 2]}}, 400, BUDGET),
+        ({}, {XARGS: {"sortserve_depth": 2}}, 400, "sortserve_depth"),
+    ],
+)
+async def test_mistakes_are_told_before_vllm_sees_them(
+    headers: dict[str, str], body: dict[str, Any], status: int, param: str
+) -> None:
+    refused = await reached(headers, **body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (status, param)

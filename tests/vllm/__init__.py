@@ -1,0 +1,1 @@
+"""SortServe inside vLLM. In an environment of its own: `make test-vllm`."""
