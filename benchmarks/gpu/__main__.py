@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SECONDS = {"correctness": 75, "kernels": 160, "1b": 70, "8b": 150, "sanitizer": 60}
 """Limits by section: 515 in all. A section looks at its limit before each further point."""
-KERNELS = ("ffn", "linear", "norm", "sampling", "attention", "rope_write")
+KERNELS = ("ffn", "linear", "small", "attention", "rope_write")
 """Modules here with `run(device)`."""
 
 

@@ -70,9 +70,16 @@ def test_random_schedules_are_as_if(folder: Path, options: CudaOptions, monkeypa
 
 @pytest.mark.parametrize("options", [PADDED, EAGER], ids=["padded", "eager"])
 def test_the_triton_kernels_are_as_if(folder: Path, options: CudaOptions) -> None:
-    """The same through the kernels themselves: what fits where they meet the runner."""
-    seen = run_one(folder, 3, options, num_actions=6)
-    assert seen["refill from a state"] + seen["refill from layer 0"] > 0, dict(seen)
+    """The same through the kernels themselves, a few steps: what fits where they meet the runner. Two depths and widths
+    together, then one of them goes deeper from kept states."""
+    harness = CudaHarness(folder, num_pages=80, max_step_tokens=20, options=options)
+    place = harness.ladder.place
+    moved = harness.submit([5, 6, 7], 3, place=place("d1-x48"), exact=False)
+    harness.submit([8, 9], 2, place=harness.ladder.full, exact=False)
+    harness.checked_step()
+    harness.policy.wanted[moved] = place("d3-x48")
+    harness.finish()
+    assert harness.seen["refill from a state"] > 0, dict(harness.seen)
 
 
 def test_int8_weights_are_as_if(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
