@@ -39,6 +39,24 @@ def test_never_fewer_budgets_kept_than_by_fixed(strict: bool) -> None:
     assert gained >= 12, "the traces are too easy to tell anything"
 
 
+def test_never_worse_than_the_floor_where_that_keeps_nearly_everybody() -> None:
+    """16 random bursts of requests that may be refused, at 4 to 8 times of what the full model can do. Where the floor alone
+    keeps 97 %, at most 1 % of a trace is lost against it, and goodput is not less. Without the question whether the floor
+    would do for all, 344 of 3,200 were refused there, up to a quarter of a trace."""
+    floor, compared = config().rungs.default_floor, 0
+    for seed in range(16):
+        rate = float(np.random.default_rng(seed).uniform(110.0, 210.0))
+        work = burst(rate, 200, seed=seed)
+        least = run("fixed", work, place=floor)
+        if least.met.mean() < 0.97:
+            continue
+        ours = run("slack", work)
+        assert ours.met.sum() >= least.met.sum() - 2, f"seed {seed}, {rate:.0f} a second"
+        assert goodput(ours) >= goodput(least), f"seed {seed}, {rate:.0f} a second"
+        compared += 1
+    assert compared >= 10, "the traces are too hard to tell anything"
+
+
 def scaled(cost: CostTable, factor: float) -> CostTable:
     """Everything takes `factor` times as long."""
     return replace(

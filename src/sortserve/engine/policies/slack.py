@@ -103,6 +103,8 @@ class Slack:
         asked = sorted(set(levels))
         which = [asked.index(level) for level in levels]
         places, given_up, _ = bids.at(self._market.prices(np.array(asked)))
+        if given_up.any() and self._floor_will_do(outlook):
+            given_up[:] = False
         place, dropped = places[which], given_up[which]
         cap = view.rungs.full - np.array([s.below_full for s in settings])
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
@@ -125,6 +127,16 @@ class Slack:
         if self._setting.pause and self.clock.decisions % self._turn and "sit_out" in view.capabilities:
             final = np.where(~view.budgeted & view.running, SITS_OUT, final)
         return settle(outlook, final, reason, gone, int(chunk[chosen]), self.clock.decisions)
+
+    def _floor_will_do(self, outlook: Outlook) -> bool:
+        """Whether everybody would be in time at the floor, with the margin to spare, and nobody without a budget waits for
+        his prompt, whom that would delay: then nobody need be given up."""
+        view = outlook.view
+        if (~view.budgeted & (view.known - view.computed[:, 0] > 1)).any():
+            return False
+        chunk = np.array([_PARTS[self._setting.part], _FEW]) * view.step_tokens
+        late = outlook.foresee(np.stack([view.floor, view.floor]), chunk).late(view, self._margin)
+        return not (late & view.budgeted).any(axis=1).all()
 
     @staticmethod
     def _value(outlook: Outlook) -> Floats:

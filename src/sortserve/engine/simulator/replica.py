@@ -336,7 +336,7 @@ class Replica:
         if self._config.predicts and len(new):
             self._predict(step, new)
         for rows in (live.num_prompt[new] - live.adopted[new]).tolist():
-            self._foreteller.traffic.note(self.now, rows)
+            self._foreteller.traffic.note(step.view.now, rows)
         changed = ~fresh & (place != live.place[ran])
         if not changed.any():
             return
