@@ -47,7 +47,7 @@ def test_shards_of_the_blocks_add_up_to_each_rows_width(
             given.shard_id = shard  # type: ignore[attr-defined]
             mlp.load_weights([(f"{name}.weight", given)])
         for part in (*mlp.gate_up, *mlp.down):
-            part.quant_method.process_weights_after_loading(part)  # type: ignore[union-attr, operator]
+            part.quant_method.process_weights_after_loading(part)
         total += mlp(x, rows)
     widths = [width for width, number in zip(WIDTHS, TOKENS, strict=True) for _ in range(number)]
     expected = reference(x, gate, up, down, widths)
