@@ -168,6 +168,8 @@ def test_log_probabilities() -> None:
     [token] = [event for event in events if isinstance(event, TokenEvent)]
     assert token.logprob is not None
     assert (token.logprob.logprob, token.logprob.top) == (-4.0, ((5, -0.2), (6, -0.9)))
+    later = answer.take(Output([7], [made], [], told={"submodels": [["d8", 2]]}), 2.0)
+    assert [type(event) for event in later] == [TokenEvent], "vLLM gives an empty list with every further output"
 
 
 def test_an_answer_of_no_tokens_has_none() -> None:

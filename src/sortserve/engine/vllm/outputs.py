@@ -38,7 +38,7 @@ class Output:
 
     tokens: Sequence[int]
     logprobs: Sequence[Alternatives] | None = None  # of `tokens`
-    prompt_logprobs: Sequence[Alternatives | None] | None = None
+    prompt_logprobs: Sequence[Alternatives | None] | None = None  # once; later outputs have an empty list
     finish_reason: str | None = None  # stop, length, abort, error
     told: Mapping[str, Any] = field(default_factory=dict)  # what the scheduler sent
     cached: int = 0  # prompt tokens found in the prefix cache
@@ -74,13 +74,13 @@ class Answer:
             return [FailedEvent.of(self.asked.request_id, OverloadedError(message, retry_after=RETRY_SECONDS))]
         submodels = self._submodels(output)
         events: list[Event] = []
-        if not self.accepted and (submodels or output.prompt_logprobs is not None or output.finish_reason is not None):
+        if not self.accepted and (submodels or output.prompt_logprobs or output.finish_reason is not None):
             self.accepted = True
             began = submodels[0] if submodels else self.starts
             predicted, met = self.forecast(began)
             queued = max(0.0, float(self.told.get("queue") or 0.0))
             events.append(AcceptedEvent(self.asked.request_id, began, predicted, met, queued, self.cached))
-        if output.prompt_logprobs is not None and self.asked.sampling.prompt_logprobs is not None:
+        if output.prompt_logprobs and self.asked.sampling.prompt_logprobs is not None:
             events.append(self._prompt(output.prompt_logprobs))
         wanted = self.asked.sampling.max_tokens - self.num_output
         for place, token in enumerate(output.tokens[:wanted]):
