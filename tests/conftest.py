@@ -1,9 +1,14 @@
 """Fixtures that several folders share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton's kernels run in its interpreter here. It is read when a kernel is defined, so it must be set before anybody's test
+# imports one: with some kernels compiled and others interpreted, neither can call the other.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -283,7 +283,7 @@ def test_hangup_reads_the_keys_again(folder: Path) -> None:
     process, url = start(folder, delay=0.05, flags=flags)
 
     def status(key: str) -> int:
-        return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+        return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=60).status_code
 
     try:
         wait_ready(url, process)

@@ -19,7 +19,9 @@ from sortserve.server.cli import BUNDLED
 from sortserve.sorting import untrained
 from sortserve.sorting.quality import not_monotone
 from sortserve.sorting.untrained_run import exits_of
+from tests.bundled import CONFIG, FULL
 
+LAYERS = CONFIG.shape.num_layers
 SHORT = ["--minutes", "0.05", "--calibration-tokens", "120", "--tokens", "60", "--window", "96"]
 METHODS = ["--methods", "widths,evopress,uls,llm-drop,lim,zd", "--drop", "25", "--budgets", "70"]
 
@@ -71,7 +73,7 @@ def test_trained_exits_stay_candidates(tmp_path: Path) -> None:
     entries = [Entry("d2", SubModel.make(2, 512)), Entry("d4-w50", SubModel.make(4, 256))]
     entries.append(Entry("mine", SubModel.make(8, 512, [3], [5])))
     Ladder.of(shape, entries).dump(tmp_path / "ladder.json")
-    assert [one.id for one in exits_of(tmp_path, shape)] == ["d2", "mine", "d8"]
+    assert [one.id for one in exits_of(tmp_path, shape)] == ["d2", "mine", FULL]
     assert exits_of(tmp_path / "nowhere", shape) == []
 
 
@@ -122,7 +124,7 @@ request = urllib.request.Request(arguments["base_url"], body, {"Content-Type": "
 answer = json.load(urllib.request.urlopen(request))
 (name, count), = answer["sortserve"]["submodels"].items()
 assert arguments["model"] == f"sorted:{name}" and count == 1
-value = {"acc,none": 0.5 if name == "d8" else 0.2, "acc_stderr,none": 0.1, "sample_len": 7}
+value = {"acc,none": 0.5 if name == "FULL_ID" else 0.2, "acc_stderr,none": 0.1, "sample_len": 7}
 out = sys.argv[sys.argv.index("--output_path") + 1]
 open(f"{out}/results_x.json", "w").write(json.dumps({"results": {"arc": value}}))
 """
@@ -133,10 +135,10 @@ def test_measuring_with_tasks_times_and_a_harness(
 ) -> None:
     """The harness is a stand-in that asks the real server; the real one is met in tests/compat."""
     ladder = tmp_path / "in.json"
-    shape = {"format": "sortserve-ladder", "version": 1, "num_layers": 8, "ffn_width": 512}
-    ladder.write_text(json.dumps({**shape, "entries": [{"depth": 2, "width": 128}, {"depth": 8, "width": 256}]}))
+    shape = {"format": "sortserve-ladder", "version": 1, "num_layers": LAYERS, "ffn_width": 512}
+    ladder.write_text(json.dumps({**shape, "entries": [{"depth": 2, "width": 128}, {"depth": LAYERS, "width": 256}]}))
     (tmp_path / "modules" / "lm_eval").mkdir(parents=True)
-    (tmp_path / "modules" / "lm_eval" / "__main__.py").write_text(HARNESS)
+    (tmp_path / "modules" / "lm_eval" / "__main__.py").write_text(HARNESS.replace("FULL_ID", FULL))
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/modules exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -149,10 +151,10 @@ def test_measuring_with_tasks_times_and_a_harness(
     arguments += ["--lm-eval", "arc", "--lm-eval-python", str(python), "--keep-dominated"]
     assert main(["ladder", "measure", str(BUNDLED), *arguments]) == 0, capsys.readouterr().err
     found = Ladder.load(tmp_path / "out.json", load_model_config(BUNDLED).shape)
-    assert [entry.id for entry in found.entries] == ["d2-w25", "d8-w50", "d8"]
+    assert [entry.id for entry in found.entries] == ["d2-w25", f"{FULL}-w50", FULL]
     for entry in found.entries:
         assert entry.scores["gsm8k"].questions == 2
-        assert entry.scores["arc"].value == (0.5 if entry.id == "d8" else 0.2)
+        assert entry.scores["arc"].value == (0.5 if entry.id == FULL else 0.2)
         assert entry.token_ms is not None
     assert found.entries[0].degraded, "0.2 is under half of 0.5"
     assert not found.entries[-1].degraded
@@ -170,8 +172,8 @@ def test_code_is_only_run_when_asked_for(tmp_path: Path, capsys: pytest.CaptureF
 def test_importing_adds_entries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ladder.json"
     drops, exits = tmp_path / "layer_drop_config.txt", tmp_path / "exits.json"
-    drops.write_text("none\nattn\nmlp\nattn+mlp\n" + "none\n" * 4)
-    exits.write_text("[4, 8]")
+    drops.write_text("none\nattn\nmlp\nattn+mlp\n" + "none\n" * (LAYERS - 4))
+    exits.write_text(f"[4, {LAYERS}]")
     assert main(["ladder", "import", str(BUNDLED), str(drops), "--from", "evopress", "--to", str(out)]) == 0
     assert main(["ladder", "import", str(BUNDLED), str(exits), "--from", "layerskip", "--to", str(out)]) == 0
     shape = load_model_config(BUNDLED).shape
@@ -179,13 +181,13 @@ def test_importing_adds_entries(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {entry.id: entry.method for entry in found.entries} == {
         "evopress-layer_drop_config": "evopress",
         "d4": "layerskip",
-        "d8": "",
+        FULL: "",
     }
     assert found.measured is None
     assert "2 entries added" not in capsys.readouterr().out.splitlines()[-1], "the full model was there already"
     assert (
         main(["ladder", "import", str(BUNDLED), str(exits), "--from", "layerskip", "--to", str(out), "--replace"]) == 0
     )
-    assert [entry.id for entry in Ladder.load(out, shape).entries] == ["d4", "d8"]
+    assert [entry.id for entry in Ladder.load(out, shape).entries] == ["d4", FULL]
     assert main(["ladder", "import", str(BUNDLED), str(exits), "--from", "evopress", "--to", str(out)]) == 2
     assert "exits.json is no evopress file" in capsys.readouterr().err
