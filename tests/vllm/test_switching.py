@@ -37,13 +37,13 @@ def test_promotion_goes_on_as_the_deeper_submodel_would(engine: Engine) -> None:
     lengths = tuple(range(35, 35 + 4 * full, 4))
     asked = prompts(engine, lengths)
     for place, length in enumerate(lengths):
-        engine.decider.program[length] = [(0, place), (5 + place, full)]
+        engine.decider.program[length] = [(0, place), (5 + place % 10, full)]
     others = prompts(engine, (50, 90))
     results = engine.generate(
         [*asked, *others], [engine.free] * len(asked) + [pinned(engine, 0), pinned(engine, full)], 20
     )
     for place, (prompt, result) in enumerate(zip(asked, results, strict=False)):
-        before = 5 + place
+        before = 5 + place % 10
         assert result.tokens[:before] == engine.alone(prompt, place, before)
         rest = engine.alone(prompt + result.tokens[:before], full, 20 - before)
         assert result.tokens[before:] == rest, engine.ladder.entries[place].id
