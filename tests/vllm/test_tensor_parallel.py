@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sortserve.engine.vllm.model.rows import block_rows
+from tests.bundled import ABOVE_MIDDLE, FLOOR, FULL, MIDDLE
 from tests.vllm.conftest import BUNDLED
 from tests.vllm.engines import Engine
 from tests.vllm.test_asif import prompts
@@ -64,14 +64,15 @@ def test_a_block_that_the_ranks_cannot_share_is_refused(engine: Engine, monkeypa
 
 
 @pytest.mark.slow
-def test_two_ranks_say_what_one_says(engine: Engine, ladder_path: Path) -> None:
+def test_two_ranks_say_what_one_says(engine: Engine) -> None:
     """Two processes with half of each block, over gloo."""
     asked = prompts(engine, (5, 33, 70, 40))
-    full = engine.ladder.full
-    places = [0, full, full // 2, full - 1]
+    # the bundled ladder: a width of the other one, inside a block, cannot be halved
+    ids = [FLOOR, MIDDLE, ABOVE_MIDDLE, FULL]
+    places = [engine.ladder.place(submodel) for submodel in ids]
     expected = [engine.alone(prompt, place, 8) for prompt, place in zip(asked, places, strict=True)]
-    ids = [engine.ladder.entries[place].id for place in places]
-    given = json.dumps({"model": str(BUNDLED), "ladder": str(ladder_path), "prompts": asked, "submodels": ids})
+    ladder = BUNDLED / "ladder.json"
+    given = json.dumps({"model": str(BUNDLED), "ladder": str(ladder), "prompts": asked, "submodels": ids})
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.two_ranks"],
         input=given,
