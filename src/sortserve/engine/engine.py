@@ -339,10 +339,12 @@ def _head_words(weights: "ModelWeights | DeviceWeights | None") -> str:
 
 def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
+    kernels = f"({info.kernels})" if info.kernels else ""
+    device = " ".join(word for word in (info.device or "no device", info.device_name, kernels) if word)
     logger.info(
         "loaded %s on %s in %.1f s: %d sub-models, exits %s, %s; %s weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
         info.model,
-        " ".join(word for word in (info.device or "no device", info.device_name, f"({info.kernels})") if word != "()"),
+        device,
         info.load_seconds,
         len(info.ladder.entries),
         "/".join(map(str, info.ladder.exits)),
