@@ -215,7 +215,13 @@ def start(
     code = SERVE.format(
         root=str(ROOT), src=str(ROOT / "src"), folder=str(folder), port=port, delay=delay, error=error, flags=[*flags]
     )
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
+    # under nohup SIGHUP comes ignored, and the server leaves it so; the tests mean one that was started without
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     return process, f"http://127.0.0.1:{port}"
 
 
