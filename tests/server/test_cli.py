@@ -289,7 +289,7 @@ def test_hangup_reads_the_keys_again(folder: Path) -> None:
     process, url = start(folder, delay=0.05, flags=flags)
 
     def status(key: str) -> int:
-        return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=60).status_code
+        return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
 
     try:
         wait_ready(url, process)
@@ -303,7 +303,6 @@ def test_hangup_reads_the_keys_again(folder: Path) -> None:
             deadline = time.monotonic() + 60
             while status("two") != 200:
                 assert time.monotonic() < deadline, "the signal was not heard"
-                time.sleep(0.1)  # each refusal is a line of the log, and nobody empties the pipe that it goes to
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         assert status("one") == 401
         keys.write_text("[[keys]")
