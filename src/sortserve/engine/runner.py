@@ -9,13 +9,13 @@ from torch import Tensor
 
 from sortserve.engine.batch import BatchBuilder, Run, SegmentBatch
 from sortserve.engine.config import ModelConfig
-from sortserve.engine.errors import RequestError
-from sortserve.engine.grammar import BoolRow, Grammars
+from sortserve.engine.drawing import Drawing
+from sortserve.engine.grammar import Grammars
 from sortserve.engine.model import Model
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SampleSpec, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
 from sortserve.engine.protocol import TokenLogprob
-from sortserve.engine.sampler import Sampler, SamplingRow, confidences
+from sortserve.engine.sampler import Sampler, confidences
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import ModelWeights
 
@@ -136,33 +136,15 @@ class Runner:
 
     def _sample(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SequenceResult]:
         """A token for each of the sequences from its row, or why there is none."""
-        results: dict[str, SequenceResult] = {}
-        drawing, rows, places = [], [], []
-        for part, place in sampling:
-            spec = part.sample
-            assert spec is not None
-            try:
-                allowed = None if spec.params.grammar is None else self._allowed(part.request_id, spec)
-            except RequestError as error:  # ends this request only
-                results[part.request_id] = SequenceResult(None, error=error.message)
-                continue
-            drawing.append(part.request_id)
-            places.append(place)
-            rows.append(
-                SamplingRow(spec.params, spec.seed, spec.position, spec.prompt, spec.output, self._eos, allowed)
-            )
-        if not rows:
+        drawing = Drawing.of(sampling, self._grammars, self._eos)
+        results = drawing.failed
+        if not drawing.rows:
             return results
-        picked = logits if places == list(range(logits.shape[0])) else logits[places]
-        drawn = self._sampler.sample(picked, rows)
-        for request_id, (token, logprob) in zip(drawing, drawn, strict=True):
+        picked = logits if drawing.places == list(range(logits.shape[0])) else logits[drawing.places]
+        drawn = self._sampler.sample(picked, drawing.rows)
+        for request_id, (token, logprob) in zip(drawing.names, drawn, strict=True):
             results[request_id] = SequenceResult(token, logprob)
         return results
-
-    def _allowed(self, request_id: str, spec: SampleSpec) -> BoolRow:
-        assert self._grammars is not None
-        assert spec.params.grammar is not None
-        return self._grammars.allowed(request_id, spec.params.grammar, spec.output)
 
     def _prompt_logprobs(self, part: SequencePlan, logits: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of the prompt tokens that follow the rows."""

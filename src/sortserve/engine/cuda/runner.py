@@ -23,10 +23,10 @@ from sortserve.engine.cuda.rows import RowLayout, StepCounts, StepRows
 from sortserve.engine.cuda.sampling import DeviceSampler
 from sortserve.engine.cuda.tables import PageTables
 from sortserve.engine.cuda.weights import DeviceWeights
-from sortserve.engine.errors import RequestError
+from sortserve.engine.drawing import Drawing
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SampleSpec, SequencePlan, SequenceResult, StepResult
-from sortserve.engine.sampler import BoolRow, SampledToken, Sampler, SamplingRow
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.sampler import SampledToken, Sampler
 from sortserve.engine.settings import SettingsTable
 from sortserve.kernels.gpu.attention import AttentionScratch, rows_per_tile
 
@@ -228,38 +228,19 @@ class CudaRunner:
         self, output: HeadOutput, sampling: list[tuple[SequencePlan, int]], confidence: bool
     ) -> Callable[[], dict[str, SequenceResult]]:
         """A token for each of the sequences from its row of `output`, or why there is none."""
-        failed: dict[str, SequenceResult] = {}
-        names, places, rows = list[str](), list[int](), list[SamplingRow]()
-        for part, place in sampling:
-            spec = part.sample
-            assert spec is not None
-            try:
-                allowed = None if spec.params.grammar is None else self._allowed(part.request_id, spec)
-            except RequestError as error:  # ends this request only
-                failed[part.request_id] = SequenceResult(None, error=error.message)
-                continue
-            names.append(part.request_id)
-            places.append(place)
-            rows.append(
-                SamplingRow(spec.params, spec.seed, spec.position, spec.prompt, spec.output, self._eos, allowed)
-            )
-        tokens: Tokens = self._sampler.launch(output, places, rows)
+        drawing = Drawing.of(sampling, self._grammars, self._eos)
+        tokens: Tokens = self._sampler.launch(output, drawing.places, drawing.rows)
         sure = _host_copy(output.logprobs) if confidence else None
 
         def finish() -> dict[str, SequenceResult]:
-            results = dict(failed)
+            results = dict(drawing.failed)
             shares = None if sure is None else sure.exp().tolist()
-            for name, place, (token, logprob) in zip(names, places, tokens(), strict=True):
+            for name, place, (token, logprob) in zip(drawing.names, drawing.places, tokens(), strict=True):
                 share = None if shares is None else shares[place]
                 results[name] = SequenceResult(token, logprob, confidence=share)
             return results
 
         return finish
-
-    def _allowed(self, request_id: str, spec: SampleSpec) -> BoolRow:
-        assert self._grammars is not None
-        assert spec.params.grammar is not None
-        return self._grammars.allowed(request_id, spec.params.grammar, spec.output)
 
 
 def _record(device: torch.device) -> torch.cuda.Event | None:

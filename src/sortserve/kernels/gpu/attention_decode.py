@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sortserve.kernels.gpu.paged import PagedRows, PoolShape, Scores, load_keys_values, softmax_step
+from sortserve.kernels.gpu.product import card_of
 
 MAX_SPLITS = 128
 TOKENS_PER_LONG_SPLIT = 2048  # at most so many tokens of a row are read by one program, however many rows there are
@@ -52,7 +53,7 @@ class AttentionScratch:
         cls, device: torch.device, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, max_context: int
     ) -> "AttentionScratch":
         """Enough for every call with up to so many rows (or tiles) and so much context."""
-        multiprocessors = num_multiprocessors(device)
+        multiprocessors = card_of(device).processors
         counts = [
             rows * SplitPlan.of(rows, num_kv_heads, max_context, multiprocessors).num_splits
             for rows in range(1, max_rows + 1)
@@ -60,13 +61,6 @@ class AttentionScratch:
         pieces = max(counts) * num_heads
         partial = torch.empty(pieces * head_dim, dtype=torch.float32, device=device)
         return cls(partial, torch.empty(pieces, dtype=torch.float32, device=device))
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    """Of the device; on a CPU (the interpreter) 4, so that small tests split too."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return 4
 
 
 @triton.jit(do_not_specialize=["layer_in_page", "window"])
@@ -251,7 +245,7 @@ def attend_decode(
     """The rows that are tiles of one row; all of them, and zeros for padding rows, where `batch.max_tile_rows` is 1."""
     tiled = batch.max_tile_rows > 1
     places = batch.tile_rows.shape[0] if tiled else query.shape[0]
-    plan = SplitPlan.of(places, shape.num_kv_heads, batch.max_context, num_multiprocessors(query.device))
+    plan = SplitPlan.of(places, shape.num_kv_heads, batch.max_context, card_of(query.device).processors)
     pieces = places * shape.num_heads * plan.num_splits if plan.num_splits > 1 else 0
     if scratch is None:
         partial = torch.empty(pieces * shape.head_dim, dtype=torch.float32, device=query.device)
