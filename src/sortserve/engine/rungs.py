@@ -1,6 +1,7 @@
 """The ladder in arrays: what policies and the cost model index by place and segment. No torch."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -70,6 +71,17 @@ class Rungs:
         """Layers of the full model."""
         return int(self.layers.sum())
 
+    @cached_property
+    def depths(self) -> Ints:
+        """[places] layers that each runs."""
+        depths: Ints = self.runs @ self.layers
+        return depths
+
+    @cached_property
+    def layers_run(self) -> Floats:
+        """[places, segments] layers that a place runs of each segment."""
+        return np.where(self.runs, self.layers, 0).astype(np.float64)
+
     def depth(self, place: int) -> int:
         """Layers that a place runs."""
-        return int(self.layers[: self.exits[place]].sum())
+        return int(self.depths[place])

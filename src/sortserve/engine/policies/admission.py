@@ -58,8 +58,7 @@ def settle(outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_to
     view = outlook.view
     refuse = dropped & refusable(view)
     last = dropped & ~refuse
-    every = np.arange(len(view))
-    behind = (outlook.rows[every, np.maximum(place, 0)] > 1) | ~view.running
+    behind = (outlook.of(outlook.rows, np.maximum(place, 0)) > 1) | ~view.running
     others = ~dropped & (place >= 0)
     place = place.copy()
     if "sit_out" in view.capabilities:

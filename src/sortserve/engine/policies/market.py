@@ -39,16 +39,14 @@ class Bids:
     def at(self, prices: Floats) -> tuple[Ints, Bools, Floats]:
         """At prices [k], in quality a second: places [k, n], who is given up [k, n], and the cost [k, n], 0 for them."""
         shape = (len(prices), len(self._kept))
-        place, cost = np.zeros(shape, np.int64), np.zeros(shape)
+        place = np.zeros(shape, np.int64)
         most = np.full(shape, -np.inf)
         for candidate in self._places:  # a handful; whole rows at a time
             value = self._worth[candidate] - prices[:, None] * self._cost[candidate]
-            better = value > most
-            np.copyto(most, value, where=better)
-            np.copyto(place, candidate, where=better)
-            np.copyto(cost, np.broadcast_to(self._cost[candidate], shape), where=better)
+            np.copyto(place, candidate, where=value > most)
+            np.maximum(most, value, out=most)
         given_up = most + self._kept < 0
-        cost[given_up] = 0.0
+        cost = np.where(given_up, 0.0, self._cost.take(place * len(self._kept) + np.arange(len(self._kept))))
         return place, given_up, cost
 
 

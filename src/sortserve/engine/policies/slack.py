@@ -117,7 +117,7 @@ class Slack:
         chunk = np.array([*(_PARTS[s.part] for s in (*settings, self._setting)), _FEW]) * view.step_tokens
         forecast = outlook.foresee(tried, chunk)
         waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
-        chosen = self._best(view, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
+        chosen = self._best(outlook, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
         self._setting = settings[chosen]
         self.clock.note(view, forecast, chosen)
         few, many = forecast.late(view)[-2:]
@@ -145,33 +145,33 @@ class Slack:
         view = outlook.view
         quality, made = view.rungs.quality, view.num_output.astype(np.float64)
         so_far = quality[np.maximum(view.place, 0)] * made
-        value: Floats = (so_far[:, None] + quality * outlook.left[:, None]) / (made + outlook.left)[:, None]
-        return value
+        value: Floats = (so_far + quality[:, None] * outlook.left) / (made + outlook.left)  # [places, n], see Outlook
+        return value.T
 
     def _worth(self, outlook: Outlook, value: Floats) -> Floats:
         """[n, places] the value; -inf outside of floor and ceiling, above the present place soon after a change, and where
         the request would be late even alone: a price sees machine time, not how long one answer takes."""
         view = outlook.view
-        places = np.arange(len(view.rungs.exits))
+        places = np.arange(len(view.rungs.exits))[:, None]
         held = (view.place != NEVER_RAN) & (view.tokens_since_switch < self._hold_tokens) & (view.num_output > 0)
         top = np.where(held, np.clip(view.place, view.floor, view.ceiling), view.ceiling)
-        rises = (view.place != NEVER_RAN)[:, None] & (places > view.place[:, None])
-        late = outlook.late_alone(np.where(rises, self._relax_margin, self._margin))
-        barred = (places < view.floor[:, None]) | (places > top[:, None]) | (late & (places != view.floor[:, None]))
-        return np.where(barred, -np.inf, value)
+        rises = (view.place != NEVER_RAN) & (places > view.place)  # [places, n], as below
+        late = outlook.late_alone(np.where(rises, self._relax_margin, self._margin).T).T
+        barred = (places < view.floor) | (places > top) | (late & (places != view.floor))
+        return np.where(barred, -np.inf, value.T).T
 
     def _bids(self, outlook: Outlook, worth: Floats) -> Bids:
         view = outlook.view
         # what a promotion costs beyond going on as before must be worth the calm price too
-        now = outlook.cost[np.arange(len(view)), np.where(view.place == NEVER_RAN, view.rungs.full, view.place)]
-        worth = worth - self._market.calm_price * np.maximum(outlook.cost - now[:, None], 0.0)
+        now = outlook.of(outlook.cost, np.where(view.place == NEVER_RAN, view.rungs.full, view.place))
+        worth = (worth.T - self._market.calm_price * np.maximum(outlook.cost.T - now, 0.0)).T
         # equals differ a little, or all would be given up at once
         kept = self._attainment * (0.8 + 0.4 * np.modf(np.abs(view.arrival) * 7919.0)[0])
         return Bids(worth, outlook.cost, np.where(view.budgeted, kept, np.inf))
 
     def _best(
         self,
-        view: View,
+        outlook: Outlook,
         value: Floats,
         settings: tuple[Setting, ...],
         forecast: Forecast,
@@ -180,10 +180,11 @@ class Slack:
     ) -> int:
         """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up; `waste` is what
         short steps lose."""
+        view = outlook.view
         margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
         late = forecast.late(view, np.array([*margin, 1.0, 1.0]))[:-2]
         counts = view.budgeted & (place >= 0) & ~late
-        worth = np.where(counts, value[np.arange(len(view)), place] + self._attainment, 0.0).sum(1)
+        worth = np.where(counts, outlook.of(value, np.maximum(place, 0)) + self._attainment, 0.0).sum(1)
         worth -= waste[:-2] + 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
         return int(worth.argmax())
 
@@ -194,9 +195,8 @@ class Slack:
         best = np.where(view.floor == view.ceiling, int(Reason.PINNED), int(Reason.BEST))
         if (place == view.ceiling).all():
             return best
-        every = np.arange(len(view))
         factor = outlook.factor * (outlook.prices.row[view.ceiling] / outlook.depth[view.ceiling])
-        extra = (outlook.work[every, view.ceiling] - outlook.work[every, place]) * factor
+        extra = (outlook.of(outlook.work, view.ceiling) - outlook.of(outlook.work, place)) * factor
         alone = outlook.prices.alone * outlook.factor
         slower = np.maximum(alone[view.ceiling] - alone[place], 0.0) * outlook.left
         own = forecast.last[chosen] + np.maximum(extra, slower) > view.last_due - view.now
