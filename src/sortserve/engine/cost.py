@@ -9,6 +9,7 @@ first row of a segment pays for its weights, further ones for little until compu
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -75,10 +76,11 @@ class CostTable:
         rows, active = shape.rows, shape.rows > 0
         mean_share = shape.share / np.maximum(rows, 1.0)
         weights = self.layers * self._at(self.layer, rows) + mean_share * self._at(self.ffn, rows)
-        weights = weights + np.maximum(shape.widest - mean_share, 0.0) * self._at(self.ffn, np.ones(1))
+        weights = weights + np.maximum(shape.widest - mean_share, 0.0) * self._ffn_of_one
         context = (self.layers * shape.context * active).sum(-1) * self.context_seconds
         pairs = (self.layers * shape.pairs * active).sum(-1) * self.pair_seconds
-        return self.base + self._at(self.head, shape.sampled), np.where(active, weights, 0.0), context, pairs
+        head = np.where(shape.sampled > 0, self._at(self.head, shape.sampled), 0.0)
+        return self.base + head, np.where(active, weights, 0.0), context, pairs
 
     def scaled(self, factor: float) -> "CostTable":
         """Every time of this table, times `factor`."""
@@ -97,7 +99,12 @@ class CostTable:
         return self.seconds(shape) * self.spread
 
     def _at(self, term: Floats, rows: Floats) -> Floats:
-        """A term at numbers of rows: none costs nothing, beyond the largest bucket in proportion."""
-        last = self.buckets[-1]
-        within: Floats = np.interp(rows, self.buckets, term)
-        return np.where(rows > last, term[-1] * rows / last, np.where(rows > 0, within, 0.0))
+        """A term at numbers of rows above 0, beyond the largest bucket in proportion."""
+        value: Floats = np.interp(rows, self.buckets, term)
+        beyond = rows > self.buckets[-1]
+        return np.where(beyond, term[-1] * rows / self.buckets[-1], value) if beyond.any() else value
+
+    @cached_property
+    def _ffn_of_one(self) -> Floats:
+        """[1] the FFN of a single row: what reading its weights takes."""
+        return self._at(self.ffn, np.ones(1))

@@ -66,7 +66,7 @@ class Rungs:
         """Number of segments."""
         return len(self.layers)
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """Layers of the full model."""
         return int(self.layers.sum())

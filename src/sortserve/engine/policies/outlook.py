@@ -58,7 +58,7 @@ class Outlook:
         self.known: Floats = view.known.astype(np.float64)
         work, rows = self._work()  # [places, n], as all arrays below
         self.work, self.rows = work.T, rows.T
-        self.order = np.lexsort((view.arrival, view.next_due))
+        self.order = view.order
         row, pair, context = prices.row[:, None], prices.pair[:, None], prices.context[:, None]
         pure = work / self.depth[:, None]  # rows, as if all ran all layers of the place
         later = self.left - 1.0  # the first of them comes with the rows above

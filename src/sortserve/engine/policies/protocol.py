@@ -8,7 +8,10 @@ of a step are not its business: all policies share `step.py` and `admission.py`.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Protocol
+
+import numpy as np
 
 from sortserve.engine.cost import StepCost
 from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
@@ -33,7 +36,7 @@ class Reason(IntEnum):
     ADMISSION = 8  # chosen when it was admitted and not changed since
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """All requests alive, in any order, at one moment. n requests; seconds on the engine's clock; inf where no deadline.
 
@@ -71,10 +74,15 @@ class View:
     starts: float = 0.0  # requests that begin a second, of late
     start_rows: float = 0.0  # prompt rows of one of them, on average
 
-    @property
+    @cached_property
     def known(self) -> Ints:
         """[n] tokens known: prompt and output."""
         return self.num_prompt + self.num_output
+
+    @cached_property
+    def order(self) -> Ints:
+        """[n] indices, the nearest deadline first, then by arrival."""
+        return np.lexsort((self.arrival, self.next_due))
 
     def __len__(self) -> int:
         return len(self.arrival)

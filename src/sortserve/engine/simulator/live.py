@@ -91,8 +91,9 @@ class Live:
         self._new: dict[type, NDArray[Any]] = {
             kind: np.array([_COLUMNS[name][1] for name in names], kind) for kind, names in self._names.items()
         }
+        # [segments, capacity] and so on: transposed, since steps compute along requests
         self._wide = {
-            name: np.zeros((64, num_segments if name == "computed" else num_places), np.int64) for name in _WIDE
+            name: np.zeros((num_segments if name == "computed" else num_places, 64), np.int64) for name in _WIDE
         }
         self._count = 0
         self._expose()
@@ -133,25 +134,22 @@ class Live:
         at = self._count
         if at == self._flat[np.int64].shape[1]:
             self._flat = {kind: np.concatenate([rows, rows], axis=1) for kind, rows in self._flat.items()}
-            self._wide = {name: np.concatenate([rows, rows]) for name, rows in self._wide.items()}
-        for kind, names in self._names.items():
-            column = self._new[kind].copy()
-            for place, name in enumerate(names):
-                if name in values:
-                    column[place] = values[name]
-            self._flat[kind][:, at] = column
+            self._wide = {name: np.concatenate([rows, rows], axis=1) for name, rows in self._wide.items()}
+        for kind, rows in self._flat.items():
+            rows[:, at] = self._new[kind]
         for rows in self._wide.values():
-            rows[at] = 0
+            rows[:, at] = 0
         self._count += 1
         self._expose()
+        for name, value in values.items():
+            getattr(self, name)[at] = value
 
     def keep(self, mask: Bools) -> None:
         """Only those of the mask stay."""
         stay = np.flatnonzero(mask)
-        for rows in self._flat.values():
-            rows[:, : len(stay)] = rows[:, stay]
-        for rows in self._wide.values():
-            rows[: len(stay)] = rows[stay]
+        first = int(np.argmin(mask)) if len(stay) < self._count else self._count  # to go; all before it stay in place
+        for rows in (*self._flat.values(), *self._wide.values()):
+            rows[:, first : len(stay)] = rows[:, stay[first:]]
         self._count = len(stay)
         self._expose()
 
@@ -162,7 +160,7 @@ class Live:
             for name, row in zip(names, self._flat[kind], strict=True):
                 setattr(self, name, row[:count])
         for name, rows in self._wide.items():
-            setattr(self, name, rows[:count])
+            setattr(self, name, rows[:, :count].T)
 
     # ---- what follows from the columns
 

@@ -26,7 +26,7 @@ class KVSizes:
 
 def blocks(tokens: Ints) -> Ints:
     """Tokens rounded up to whole blocks."""
-    rounded: Ints = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    rounded: Ints = (tokens + (BLOCK_TOKENS - 1)) & -BLOCK_TOKENS  # a power of two; division takes ten times as long
     return rounded
 
 
@@ -61,8 +61,12 @@ class Memory:
     def in_use(self, live: Live, computed: Ints | None = None) -> float:
         """Bytes held by all, with what they have computed, or would have."""
         computed = live.computed if computed is None else computed
-        own = float(self.held_bytes(live, computed, self.shallow_tokens(live, computed)).sum())
-        return own + self.cached_bytes()
+        # the sum of `held_bytes` in whole numbers, without a sum for each request
+        own = np.maximum(blocks(computed.T) - live.adopted, 0).sum(1) @ self._segment_bytes
+        keeps = np.flatnonzero(live.resumable & (live.floor < live.ceiling))
+        deepest = computed[keeps, self._rungs.exits[live.ceiling[keeps]] - 1]
+        states = (computed[keeps, 0] - deepest).sum() * self.sizes.state
+        return float(own + states) + self.cached_bytes()
 
     def cached_bytes(self) -> float:
         """Bytes of the shared system prompts, each settings once."""

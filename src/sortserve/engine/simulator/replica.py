@@ -82,6 +82,7 @@ class Replica:
         self._asked_at = 0.0
         self._log = hashlib.blake2b(digest_size=16)
         self._noise = np.exp(config.noise * np.random.default_rng(config.noise_seed).standard_normal(NOISE_STEPS))
+        self._wants_confidence = getattr(policy, "wants_confidence", False)
         self._confidence = np.random.default_rng(1).random(NOISE_STEPS) ** 0.35
         self._stalls = sorted(config.stalls)
         self._foreteller = Foreteller()
@@ -219,14 +220,14 @@ class Replica:
     def _after(self, place: Ints, have: Ints, start: Ints, stop: Ints) -> Ints:
         """[n, segments] tokens computed once the step is done."""
         live, rungs = self.live, self._config.rungs
-        ran = (stop > start)[:, None]
-        runs = rungs.runs[np.maximum(place, 0)]
-        after = np.where(ran & runs, np.maximum(have, stop[:, None]), live.computed)
-        moved = live.exact & (live.place >= 0) & (place != live.place) & (stop > start)
+        ran = stop > start
+        runs = rungs.runs.T.take(np.maximum(place, 0), axis=1)  # [segments, n]
+        after = np.where(ran & runs, np.maximum(have.T, stop), live.computed.T)
+        moved = live.exact & (live.place >= 0) & (place != live.place) & ran
         if moved.any():  # other widths below: what lies above them is worth nothing any more
-            lost = moved & (have < np.where(runs, live.computed, 0)).any(axis=1)
-            after[lost[:, None] & ~runs] = 0
-        return after
+            lost = moved & (have.T < np.where(runs, live.computed.T, 0)).any(axis=0)
+            after[lost & ~runs] = 0
+        return after.T
 
     def _make_room(self, view: View, place: Ints, reason: Ints, start: Ints, short: float) -> tuple[Ints, Ints]:
         """Who rises stays where it is; then memory is taken back from the back of the order."""
@@ -266,7 +267,9 @@ class Replica:
             shape = _repeated(shape, count, self._config.rungs.exits[step.place[step.ran]])
         seconds = np.atleast_1d(self._config.cost.seconds(shape))
         at = np.arange(self._num_steps, self._num_steps + count) % NOISE_STEPS
-        ends = np.cumsum(np.concatenate([[self.now], seconds * self._noise[at]]))[1:]
+        seconds = seconds * self._noise[at]
+        seconds[0] += self.now
+        ends = np.cumsum(seconds)
         stalls = self._stalls[0][0] if self._stalls else np.inf
         event = min(until, stalls, self._asked_at + self._config.ask_seconds)
         count = min(count, int(np.searchsorted(ends, event)) + 1)
@@ -283,18 +286,19 @@ class Replica:
         live, ran, count = self.live, step.ran, len(ends)
         place, stop = step.place[ran], step.stop[ran]
         self._note_places(step)
-        live.refilled[ran] += np.clip(np.minimum(stop, step.have[ran, 0]) - step.start[ran], 0, None) * (
-            step.have[ran, 0] > step.start[ran]
-        )
+        refills = ran[step.have[ran, 0] > step.start[ran]]
+        if len(refills):
+            live.refilled[refills] += np.minimum(step.stop, step.have[:, 0])[refills] - step.start[refills]
         after = step.after
         if count > 1:
             after[ran] += np.where(self._config.rungs.runs[place], count - 1, 0)
         live.computed[:] = after
         live.running[ran] = True
         live.place[ran] = place
-        full_again = after[ran, 0] == after[ran, self._config.rungs.exits[live.ceiling[ran]] - 1]
         if "refill" in self._config.capabilities:
-            live.resumable[ran] |= full_again
+            lacks = ran[~live.resumable[ran]]
+            full_again = after[lacks, 0] == after[lacks, self._config.rungs.exits[live.ceiling[lacks]] - 1]
+            live.resumable[lacks] = full_again
         self.memory.publish(live, ran)
         sampled = ran[stop == live.known[ran]]
         fresh = sampled[live.num_output[sampled] == 0]
@@ -302,9 +306,9 @@ class Replica:
         live.last_token[sampled] = ends[-1]
         live.num_output[sampled] += count
         live.made[sampled, live.place[sampled]] += count
-        live.confidence[sampled] = self._confidence[
-            (live.id[sampled] * 7919 + live.num_output[sampled]) % len(self._confidence)
-        ]
+        if self._wants_confidence:
+            at = (live.id[sampled] * 7919 + live.num_output[sampled]) % len(self._confidence)
+            live.confidence[sampled] = self._confidence[at]
         done = np.zeros(len(live), np.bool_)
         done[sampled] = live.num_output[sampled] >= live.target[sampled]
         if done.any():
