@@ -43,7 +43,8 @@ class Outlook:
     """The present state in the terms of prediction; made anew for every decision.
 
     `work` [n, places] rows x layers to run before the next token, at least one row; `rows` [n, places] tokens they span;
-    `cost` [n, places] seconds of machine time to the end; `order` [n] earliest deadline first, then arrival.
+    `cost` [n, places] seconds of machine time to the end, of it `ahead` to the next token and `rest` from there; `order` [n]
+    earliest deadline first, then arrival.
 
     What is [n, places] is a transposed [places, n] array here: along hundreds of requests numpy is several times as fast
     as along a handful of places.
@@ -63,8 +64,10 @@ class Outlook:
         pure = work / self.depth[:, None]  # rows, as if all ran all layers of the place
         later = self.left - 1.0  # the first of them comes with the rows above
         tokens = row + context * (self.known + self.left / 2) + prices.sample
-        cost = pure * (row + pair * (self.known - rows / 2)) + later * tokens
-        self.cost: Floats = cost.T
+        ahead, rest = pure * (row + pair * (self.known - rows / 2)), later * tokens
+        self.ahead: Floats = ahead.T
+        self.rest: Floats = rest.T
+        self.cost: Floats = (ahead + rest).T
 
     def _work(self) -> tuple[Floats, Floats]:
         """[places, n] each."""

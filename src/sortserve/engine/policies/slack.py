@@ -66,9 +66,9 @@ class Slack:
     """See the module.
 
     `margin`: how much longer than predicted everything may take before it counts as late; `relax_margin`: the same for a
-    step back to more quality; `attainment`: what a kept budget is worth beside its quality; `horizon`: see `Market`, in
-    shares of the mean time allowed; `utilisation`: of it is sold, above 1 because what was sold last is not due at its end;
-    `hold_tokens`: between two changes of a request, unless they go down; `turn`: see `Setting.pause`.
+    step back to more quality; `attainment`: what a kept budget is worth beside its quality; `utilisation`: the share of
+    machine time that is sold; `hold_tokens`: between two changes of a request, unless they go down; `turn`: see
+    `Setting.pause`.
     """
 
     name = "slack"
@@ -77,16 +77,15 @@ class Slack:
         self,
         margin: float = 1.2,
         relax_margin: float = 1.4,
-        attainment: float = 2.0,
-        horizon: float = 1.0,
-        utilisation: float = 1.3,
+        attainment: float = 0.5,
+        utilisation: float = 1.0,
         hold_tokens: int = 8,
         turn: int = 8,
     ) -> None:
         self._margin, self._relax_margin = margin, relax_margin
         self._attainment, self._hold_tokens, self._turn = attainment, hold_tokens, turn
         self._setting = Setting()
-        self._market = Market(horizon, utilisation, attainment)
+        self._market = Market(utilisation, attainment)
         self.clock = Clock()
 
     def decide(self, view: View) -> Decision:
@@ -99,10 +98,13 @@ class Slack:
         if self.clock.decisions % 2 == 0:  # in turns with the search
             self._market.clear(outlook, bids)
         settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
-        levels = [min(self._market.level + s.surcharge, LEVELS - 1) for s in settings]
-        asked = sorted(set(levels))
-        which = [asked.index(level) for level in levels]
-        places, given_up, _ = bids.at(self._market.prices(np.array(asked)))
+        asked = sorted({s.surcharge for s in settings})
+        which = [asked.index(s.surcharge) for s in settings]
+        ahead, rest = (
+            self._market.prices(np.minimum(levels + np.array(asked)[:, None], LEVELS - 1))
+            for levels in self._market.levels_of(outlook)
+        )
+        places, given_up = bids.at(ahead, rest)
         if given_up.any() and self._floor_will_do(outlook):
             given_up[:] = False
         place, dropped = places[which], given_up[which]
@@ -167,7 +169,7 @@ class Slack:
         worth = (worth.T - self._market.calm_price * np.maximum(outlook.cost.T - now, 0.0)).T
         # equals differ a little, or all would be given up at once
         kept = self._attainment * (0.8 + 0.4 * np.modf(np.abs(view.arrival) * 7919.0)[0])
-        return Bids(worth, outlook.cost, np.where(view.budgeted, kept, np.inf))
+        return Bids(worth, outlook.ahead, outlook.rest, np.where(view.budgeted, kept, np.inf))
 
     def _best(
         self,
