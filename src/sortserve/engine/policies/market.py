@@ -65,7 +65,7 @@ class Market:
 
     def __init__(self, utilisation: float, attainment: float) -> None:
         self._levels: Ints = np.zeros(len(_EDGES), np.int64)  # by deadline
-        self._calm, self._calm_at = 0.0, 0.0  # level
+        self._calm, self._cleared_at = 0.0, 0.0  # level; when `clear` looked last
         self._utilisation, self._attainment = utilisation, attainment
         # seconds allowed for the first token and for all, worth, cost of the two jobs
         self._seen: deque[tuple[float, float, Floats, Floats, Floats]] = deque(maxlen=_SEEN)
@@ -115,14 +115,22 @@ class Market:
         first = np.searchsorted(edges, view.first_due - view.now)
         return np.where(view.num_output == 0, np.minimum(first, last), last), last
 
+    def is_old(self, now: float) -> bool:
+        """Whether the levels are those of a load that has gone: nobody has looked for as long as a request has time."""
+        return now - self._cleared_at > self._allowed
+
     def learn(self, outlook: Outlook, worth: Floats) -> None:
-        """Take note of who came since the last time. A clock that was set back starts anew."""
+        """Take note of who came since the last time, but for those whom nothing can help: no price changes what they run,
+        and their deadlines say nothing about others' time. A clock that was set back starts anew."""
         view = outlook.view
         if view.now < self._recent_at or not self._seen:
             self._newest = -np.inf
             self._recent = 0.0
             self._since = view.now
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
+        if len(new):
+            self._newest = float(view.arrival[new].max())
+            new = new[~outlook.hopeless(view.floor)[new]]
         for i in new[np.argsort(view.arrival[new])].tolist():
             last = float(view.last_due[i] - view.arrival[i])
             first = min(float(view.first_due[i] - view.arrival[i]), last)
@@ -134,7 +142,6 @@ class Market:
         self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())
         self._recent_at = view.now
         if len(new):
-            self._newest = float(view.arrival[new].max())
             self._unsorted += len(new)
             if self._unsorted >= _RENEW or len(self._seen) <= _RENEW:
                 self._sort()
@@ -172,25 +179,24 @@ class Market:
                 low, high = (middle, high) if short(levels)[upto - 1] else (low, middle)
             levels[:upto] = high
         self._levels = levels
-        self._calm -= _CALMING * max(view.now - self._calm_at, 0.0) / self._allowed
-        self._calm_at = view.now
+        self._calm -= _CALMING * max(view.now - self._cleared_at, 0.0) / self._allowed
+        self._cleared_at = view.now
         self._calm = max(self._calm, float(self.level))
 
     def _shortage(self, outlook: Outlook, bids: Bids) -> Callable[[Ints], Bools]:
         """Whether at levels [edges] more is asked for by each edge than can be done until then."""
-        view, edges = outlook.view, self._edges
+        edges = self._edges
         span = _RATE_SHARE * self._allowed
-        known = max(1.0 - float(np.exp(-(view.now - self._since) / span)), _LEAST_KNOWN)
+        known = max(1.0 - float(np.exp(-(outlook.view.now - self._since) / span)), _LEAST_KNOWN)
         coming = self._each * (self._recent / (span * known))
         supply = edges * self._utilisation / outlook.factor
         first, last = self._due(outlook)
-        budgeted, each = view.budgeted.astype(np.float64), np.arange(len(edges))
+        each = np.arange(len(edges))
 
         def short(levels: Ints) -> Bools:
             prices = self.prices(levels)
             ahead, rest = bids.demand(prices[first][None], prices[last][None])
-            due = np.bincount(first, ahead[0] * budgeted, len(edges))
-            due = due + np.bincount(last, rest[0] * budgeted, len(edges))
+            due = np.bincount(first, ahead[0], len(edges)) + np.bincount(last, rest[0], len(edges))
             lacks: Bools = np.cumsum(due) + coming[levels, each] > supply
             return lacks
 

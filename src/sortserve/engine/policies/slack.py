@@ -77,7 +77,7 @@ class Slack:
         self,
         margin: float = 1.2,
         relax_margin: float = 1.4,
-        attainment: float = 0.5,
+        attainment: float = 1.0,
         utilisation: float = 1.0,
         hold_tokens: int = 8,
         turn: int = 8,
@@ -95,7 +95,10 @@ class Slack:
         worth = self._worth(outlook, value)
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
-        if self.clock.decisions % 2 == 0:  # in turns with the search
+        if self._market.is_old(view.now):  # after a pause: what was found then is of another load
+            self._setting = Setting()
+            self._market.clear(outlook, bids)
+        elif self.clock.decisions % 2 == 0:  # in turns with the search
             self._market.clear(outlook, bids)
         settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
         asked = sorted({s.surcharge for s in settings})
