@@ -57,7 +57,7 @@ class Market:
 
     def __init__(self, horizon: float, utilisation: float, attainment: float) -> None:
         self.level = 0
-        self._calm, self._calm_at = 0.0, 0.0  # level
+        self._calm, self._cleared_at = 0.0, 0.0  # level; when `clear` looked last
         self._horizon, self._utilisation, self._attainment = horizon, utilisation, attainment
         self._seen: deque[tuple[float, Floats, Floats]] = deque(maxlen=_SEEN)  # time allowed, worth, cost
         self._unsorted = 0  # arrivals that `_each` does not know yet
@@ -83,14 +83,22 @@ class Market:
         worth: Floats = share * self._horizon * self._allowed * self.prices(np.array([self.level]))[0]
         return worth
 
+    def is_old(self, now: float) -> bool:
+        """Whether the level is that of a load that has gone: nobody has looked for as long as a request has time."""
+        return now - self._cleared_at > self._allowed
+
     def learn(self, outlook: Outlook, worth: Floats) -> None:
-        """Take note of who came since the last time. A clock that was set back starts anew."""
+        """Take note of who came since the last time, but for those whom nothing can help: no price changes what they run,
+        and their deadlines say nothing about others' time. A clock that was set back starts anew."""
         view = outlook.view
         if view.now < self._recent_at or not self._seen:
             self._newest = -np.inf
             self._recent = 0.0
             self._since = view.now
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
+        if len(new):
+            self._newest = float(view.arrival[new].max())
+            new = new[~outlook.hopeless(view.floor)[new]]
         for i in new[np.argsort(view.arrival[new])].tolist():
             allows = float(view.last_due[i] - view.arrival[i])
             if not np.isfinite(allows):  # the clock of its tokens starts with the first one
@@ -101,7 +109,6 @@ class Market:
         self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())
         self._recent_at = view.now
         if len(new):
-            self._newest = float(view.arrival[new].max())
             self._unsorted += len(new)
             if self._unsorted >= _RENEW or len(self._seen) <= _RENEW:
                 self._sort()
@@ -122,12 +129,13 @@ class Market:
         if not self._seen:
             return
         horizon, span = self._horizon * self._allowed, _RATE_SHARE * self._allowed
-        levels = np.array(sorted({min(max(self.level + step, 0), LEVELS - 1) for step in _STEPS}))
+        fall = int(_CALMING * max(view.now - self._cleared_at, 0.0) / self._allowed)  # more than a step after a pause
+        levels = np.array(sorted({min(max(self.level + step, 0), LEVELS - 1) for step in (*_STEPS, -fall)}))
         known = max(1.0 - float(np.exp(-(view.now - self._since) / span)), _LEAST_KNOWN)
         coming = self._recent / (span * known) * horizon  # arrivals within the horizon
         demand = bids.at(self.prices(levels))[2] @ view.budgeted.astype(np.float64) + self._each[levels] * coming
-        self._calm -= _CALMING * max(view.now - self._calm_at, 0.0) / self._allowed
-        self._calm_at = view.now
+        self._calm -= _CALMING * max(view.now - self._cleared_at, 0.0) / self._allowed
+        self._cleared_at = view.now
         fits = np.flatnonzero(demand * outlook.factor <= horizon * self._utilisation)
         self.level = int(levels[fits[0]] if len(fits) else levels[-1])
         self._calm = max(self._calm, float(self.level))

@@ -96,7 +96,10 @@ class Slack:
         worth = self._worth(outlook, value)
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
-        if self.clock.decisions % 2 == 0:  # in turns with the search
+        if self._market.is_old(view.now):  # after a pause: what was found then is of another load
+            self._setting = Setting()
+            self._market.clear(outlook, bids)
+        elif self.clock.decisions % 2 == 0:  # in turns with the search
             self._market.clear(outlook, bids)
         settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
         levels = [min(self._market.level + s.surcharge, LEVELS - 1) for s in settings]
