@@ -54,6 +54,7 @@ class Standing:
     tokens_since_switch: int
     used: frozenset[int] = frozenset()  # places that computed the K/V it has
     ignore_eos: bool = False  # it makes all of `max_tokens`
+    num_cached: int = 0  # tokens of its prompt that were found in the prefix cache
 
 
 @dataclass(frozen=True, slots=True)
