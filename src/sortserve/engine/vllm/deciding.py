@@ -70,8 +70,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """What ran in a step and how long it took from scheduling to its outputs; a step that overlaps its predecessor
-    counts from the end of that one."""
+    """What ran in a step and how long it took until its outputs: from the end of the step before it, or from its scheduling
+    if nobody was left then."""
 
     rows: Mapping[int, tuple[int, int, int]]  # by place: rows, requests, sum of their contexts in tokens
     seconds: float

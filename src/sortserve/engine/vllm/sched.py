@@ -128,7 +128,8 @@ class SubmodelMixin:
             group = outputs.setdefault(client, EngineCoreOutputs())
             group.outputs = [*group.outputs, output]
         self._ended = []
-        step = self._clock.finished(scheduler_output, now)
+        goes_on = self.has_unfinished_requests()  # type: ignore[attr-defined]
+        step = self._clock.finished(scheduler_output, now, goes_on=goes_on)
         if step is not None:
             self._decider.measured(step)
         self._reporter.report(self, self._decider, now)
