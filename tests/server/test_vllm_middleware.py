@@ -103,6 +103,18 @@ async def test_mistakes_are_told_before_vllm_sees_them(
     assert (refused.status_code, refused.json()["error"]["param"]) == (status, param)
 
 
+async def end(served: FastAPI) -> None:
+    """Start and stop, as a server tells it."""
+    messages = iter(["lifespan.startup", "lifespan.shutdown"])
+
+    async def receive() -> Any:
+        return {"type": next(messages)}
+
+    async def send(message: Any) -> None: ...
+
+    await served({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
+
+
 async def test_the_schedulers_figures_stand_behind_vllms_own(tmp_path: Path) -> None:
     address = f"ipc://{tmp_path}/stats"
     served = app(address)
@@ -119,6 +131,7 @@ async def test_the_schedulers_figures_stand_behind_vllms_own(tmp_path: Path) -> 
         while "sortserve_" not in (text := (await client.get("/metrics")).text) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         reporter.close()
+    await end(served)
     for line in (
         "vllm:of_its_own 1.0",
         'sortserve_requests_running{model="mine"} 3.0',

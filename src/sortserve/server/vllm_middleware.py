@@ -74,6 +74,9 @@ class LatencyBudgets:
                 scope, send = {**scope, "headers": [(b"accept", b"text/plain")]}, _Appending(send, self._reports)
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
+            if scope["type"] == "lifespan" and self._reports is not None:
+                self._reports.close()  # the server has ended
+                self._reports = None
             return
         arrival = time.monotonic()
         try:

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 Report = Mapping[str, Any]
+_Family = tuple[str, str, dict[tuple[str, ...], float], list[str]]  # name, text, values by label values, labels
 
 
 class Reports(Collector):
@@ -53,7 +54,7 @@ class Reports(Collector):
         last = self._last
         if not last:
             return []
-        gauges = (
+        gauges: tuple[_Family, ...] = (
             ("requests_running", "Sequences that hold blocks", {(): last["running"]}, []),
             ("requests_waiting", "Requests in the queue", {(): last["waiting"]}, []),
             ("kv_cache_usage_ratio", "Share of the K/V blocks in use", {(): last["kv_usage"]}, []),
@@ -64,7 +65,7 @@ class Reports(Collector):
                 ["kind"],
             ),
         )
-        counters = (
+        counters: tuple[_Family, ...] = (
             ("steps", "Steps that ran", {(): last["steps"]}, []),
             ("refilled_tokens", "Tokens computed again for a deeper sub-model", {(): last["recomputed_tokens"]}, []),
             ("generation_tokens", "Output tokens", _keyed(last["generated_tokens"]), ["submodel"]),
