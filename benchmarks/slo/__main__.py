@@ -23,7 +23,10 @@ _TEXT = Path(__file__).parents[2] / "tests" / "compat" / "tasks" / "held_out_boo
 
 def main() -> None:
     """Parse, and run."""
-    asked = _parser().parse_args()
+    parser = _parser()
+    asked = parser.parse_args()
+    if asked.simulated and asked.ladder:
+        parser.error("--simulated is for the model's own ladder")
     # step times are profiled once, now, by the first server: not taken from a day when the machine was busy
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
@@ -43,8 +46,10 @@ def run(asked: argparse.Namespace) -> None:
 
 
 def _line(point: dict[str, Any]) -> str:
+    foretold = point["simulated"]
+    simulated = "" if foretold is None else f" (simulated {report.share(foretold['attainment'])})"
     return (
-        f"  {point['load']:.2f}x {point['policy']:15s} attained {report.share(point['attainment'])} (worst 30 s "
+        f"  {point['load']:.2f}x {point['policy']:15s} attained {report.share(point['attainment'])}{simulated} (worst 30 s "
         f"{report.share(point['attainment_worst_30s'])}), quality {report.number(point['mean_quality'], 4)}, goodput "
         f"{point['goodput_per_second']:.2f}/s, refused {point['refused']} of {point['requests']}, lag p99 "
         f"{report.number(point['client_lag_ms']['p99'], 1)} ms{'  VOID' if point['void'] else ''}"
@@ -75,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", type=Path, default=_TEXT, help="that prompts are cut from; default: a few pages of books")
     add("--kv-memory", default="256MiB", help="of the server; default: 256MiB")
     add("--dtype", default="float32", help="of the server; default: float32, which is faster for the bundled model")
+    add(
+        "--simulated",
+        action="store_true",
+        help="also simulate each point with the step times that its server has found",
+    )
     add("--server-flags", default="", help="more flags of `sortserve serve`, in one string")
     return parser
 

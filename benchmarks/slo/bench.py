@@ -9,6 +9,7 @@ from benchmarks.provenance import commit
 from benchmarks.slo import capacity as measured
 from benchmarks.slo import figures, load
 from benchmarks.slo.serving import Served, Settings, started
+from benchmarks.slo.simulated import foretold
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
@@ -108,7 +109,8 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
     trace = load.arrivals(bench.trace, asked.start, rate, asked.seconds)
     work = load.workload(trace, bench.unloaded, asked.seed, bench.mix)
     name, _, submodel = policy.partition(":")  # `fixed:floor` and `fixed:d4` run that sub-model
-    pinned = ["--fixed-submodel", bench.floor.submodel if submodel == "floor" else submodel] if submodel else []
+    only = bench.floor.submodel if submodel == "floor" else submodel
+    pinned = ["--fixed-submodel", only] if only else []
     with started(bench.settings, name, *pinned) as served:
         warm_up(served, bench)
         before = served.counters()
@@ -128,6 +130,9 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
         "requests_per_second": rate,
         **figures.summary(answers, asked.seconds),
         "counters": {name: count for name, count in sorted(counted.items()) if count},
+        "simulated": foretold(bench.settings, name, bench.ladder, only, work, asked.seconds, asked.kv_memory)
+        if asked.simulated
+        else None,
     }
 
 

@@ -42,6 +42,7 @@ def markdown(settings: Mapping[str, Any], points: Sequence[Point], plots: Sequen
         "",
         *_points(points),
         "",
+        *_simulated(points),
         "## Latencies",
         "",
         *_latencies(points),
@@ -86,6 +87,26 @@ def _points(points: Sequence[Point]) -> list[str]:
         for point in points
     ]
     return table((*head, "refused", "error", "send lag p99"), rows)
+
+
+def _simulated(points: Sequence[Point]) -> list[str]:
+    """Of those that were; nothing if none was."""
+    rows = [
+        (
+            f"{point['load']:.2f}",
+            point["policy"],
+            f"{share(point['attainment'])}, {share(told['attainment'])}",
+            f"{point['goodput_per_second']:.2f}, {told['goodput_per_second']:.2f}",
+            f"{number(point['mean_quality'], 4)}, {number(told['mean_quality'], 4)}",
+        )
+        for point in points
+        if (told := point.get("simulated")) is not None
+    ]
+    if not rows:
+        return []
+    said = "The same requests in the simulator, with the step times that each point's server found when it started:"
+    head = ("load", "policy", "attainment measured, simulated", "goodput/s", "quality")
+    return ["## Simulated", "", said, "", *table(head, rows), ""]
 
 
 def _latencies(points: Sequence[Point]) -> list[str]:

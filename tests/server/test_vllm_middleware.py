@@ -1,15 +1,21 @@
 """The middleware for a user's own vLLM server, around an app that gives back what reached it."""
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
 
+from sortserve.engine.policies.protocol import Reason
+from sortserve.engine.vllm.deciding import Decider
+from sortserve.engine.vllm.reporting import Reporter
 from sortserve.engine.vllm.translate import ARRIVAL, BUDGET, CEILING, FLOOR, KV, SLO, SUBMODEL
 from sortserve.server.cli import BUNDLED
 from sortserve.server.vllm_middleware import XARGS, LatencyBudgets
@@ -17,11 +23,16 @@ from tests.bundled import FLOOR as SMALLEST
 from tests.bundled import FULL, MIDDLE
 
 
-def app() -> FastAPI:
+def app(stats_address: str = "") -> FastAPI:
     made = FastAPI()
     made.state.vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(BUNDLED)), additional_config={"sortserve": {}}
+        model_config=SimpleNamespace(model=str(BUNDLED), served_model_name="mine"),
+        additional_config={"sortserve": {"stats_address": stats_address}},
     )
+
+    @made.get("/metrics")
+    async def metrics() -> Any:
+        return PlainTextResponse("vllm:of_its_own 1.0\n")
 
     async def echo(request: Request) -> Any:
         content = await request.body()
@@ -90,3 +101,52 @@ async def test_mistakes_are_told_before_vllm_sees_them(
 ) -> None:
     refused = await reached(headers, **body)
     assert (refused.status_code, refused.json()["error"]["param"]) == (status, param)
+
+
+async def end(served: FastAPI) -> None:
+    """Start and stop, as a server tells it."""
+    messages = iter(["lifespan.startup", "lifespan.shutdown"])
+
+    async def receive() -> Any:
+        return {"type": next(messages)}
+
+    async def send(message: Any) -> None: ...
+
+    await served({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
+
+
+async def test_the_schedulers_figures_stand_behind_vllms_own(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/stats"
+    served = app(address)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://test") as client:
+        assert (await client.get("/metrics")).text == "vllm:of_its_own 1.0\n", "nothing was reported yet"
+        decider = SimpleNamespace(stats=lambda: {"errors": {"decode": [9, 0.25, 0.9]}})
+        reporter = Reporter(address)
+        scheduler = SimpleNamespace(get_request_counts=lambda: (3, 1), kv_cache_manager=SimpleNamespace(usage=0.5))
+        reporter.selected(FULL, Reason.BEST)
+        reporter.generated(FULL, 7)
+        reporter.dropped("refused")
+        reporter.report(scheduler, cast(Decider, decider), 1.0)
+        deadline = time.monotonic() + 30
+        while "sortserve_" not in (text := (await client.get("/metrics")).text) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        reporter.close()
+    await end(served)
+    for line in (
+        "vllm:of_its_own 1.0",
+        'sortserve_requests_running{model="mine"} 3.0',
+        f'sortserve_generation_tokens_total{{model="mine",submodel="{FULL}"}} 7.0',
+        f'sortserve_submodel_selected_total{{model="mine",reason="best",submodel="{FULL}"}} 1.0',
+        'sortserve_requests_dropped_total{model="mine",reason="refused"} 1.0',
+        'sortserve_step_time_error_ratio{kind="decode",model="mine"} 0.25',
+    ):
+        assert line in text.splitlines()
+
+
+async def test_an_address_that_is_taken_costs_only_the_figures(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"ipc://{tmp_path}/no-folder/stats"
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app(address)), base_url="http://test") as client:
+        assert (await client.get("/metrics")).text == "vllm:of_its_own 1.0\n"
+    assert "no sortserve_ metrics of this process" in caplog.text

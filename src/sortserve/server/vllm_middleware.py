@@ -3,16 +3,19 @@
     vllm serve MODEL ... --middleware sortserve.server.vllm_middleware.LatencyBudgets
 
 The ladder is read from the configuration that vLLM's server keeps, so ids and floors are checked here, where a mistake is
-a 400: an exception in vLLM's scheduler would end its engine. Imports no vLLM.
+a 400: an exception in vLLM's scheduler would end its engine. Where the scheduler is told to report (`stats_address`), its
+figures are put behind vLLM's own on `/metrics`. Imports no vLLM.
 """
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import zmq
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,6 +29,9 @@ from sortserve.engine.vllm.configuration import KEY
 from sortserve.engine.vllm.translate import check_extra_args, extra_args
 from sortserve.server.budget_headers import read_terms
 from sortserve.server.errors import error_response
+from sortserve.server.vllm_reports import Reports
+
+_LOG = logging.getLogger(__name__)
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MAX_BODY_BYTES = 64 << 20
@@ -56,11 +62,21 @@ class LatencyBudgets:
     def __init__(self, app: ASGIApp, ladder: Ladder | None = None) -> None:
         self._app = app
         self._ladder = ladder
+        self._reports: Reports | None = None
+        self._listening = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; of a request for text, its body with what our headers say."""
+        if scope["type"] == "http":
+            self._listen(scope)
+            if scope["path"].rstrip("/") == "/metrics" and self._reports is not None:
+                # plain text, since OpenMetrics has an end of its own, and not compressed
+                scope, send = {**scope, "headers": [(b"accept", b"text/plain")]}, _Appending(send, self._reports)
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
+            if scope["type"] == "lifespan" and self._reports is not None:
+                self._reports.close()  # the server has ended
+                self._reports = None
             return
         arrival = time.monotonic()
         try:
@@ -71,6 +87,20 @@ class LatencyBudgets:
             return
         scope = {**scope, "headers": _with_length(scope["headers"], len(content))}
         await self._app(scope, _Given(content, receive), send)
+
+    def _listen(self, scope: Scope) -> None:
+        """From the first request on, if there is an address. A second server process finds it taken, and goes without."""
+        if self._listening:
+            return
+        self._listening = True
+        settings = scope["app"].state.vllm_config
+        address = (settings.additional_config or {}).get(KEY, {}).get("stats_address")
+        if address:
+            names = settings.model_config.served_model_name
+            try:
+                self._reports = Reports(address, names if isinstance(names, str) else names[0])
+            except zmq.ZMQError as error:
+                _LOG.warning("no sortserve_ metrics of this process: %s: %s", address, error)
 
     def _rewritten(self, scope: Scope, content: bytes, arrival: float) -> bytes:
         """Raises SortServeError for what our headers, fields or arguments say wrong; other mistakes are vLLM's to tell."""
@@ -139,6 +169,25 @@ async def _read(receive: Receive) -> bytes:
             raise PayloadTooLargeError(f"the body is over {MAX_BODY_BYTES} bytes")
         if not message.get("more_body", False):
             return bytes(content)
+
+
+class _Appending:
+    """A `send` that puts our figures behind a body of text."""
+
+    def __init__(self, send: Send, reports: Reports) -> None:
+        self._send, self._reports = send, reports
+        self._plain = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self._plain = message["status"] == 200 and kind.startswith("text/plain")
+            if self._plain:
+                kept = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]
+                message = {**message, "headers": kept}
+        elif self._plain and not message.get("more_body", False):
+            message = {**message, "body": message.get("body", b"") + self._reports.render()}
+        await self._send(message)
 
 
 class _Given:

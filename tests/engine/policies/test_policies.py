@@ -147,6 +147,27 @@ def test_a_back_end_that_cannot_leave_rows_out_gets_none_left_out() -> None:
     assert (decide("slack", view, 60).place >= 0).all()
 
 
+def test_a_budget_that_nobody_could_keep_makes_nothing_dearer() -> None:
+    """The next request got half the model after one with 1 ms: the time that requests had was 1 ms on average, and the price
+    rose to where a machine does no more in that time."""
+    policy = make_policy("slack", DEPTHS)
+    hopeless = {"total": 1e-3, "expected_left": 60}
+    policy.decide(view_of(hopeless))
+    for token in range(40):
+        policy.decide(view_of({**hopeless, "ran": 0, "expected_left": 60 - token}, now=0.1 + token * 0.01))
+    assert policy.decide(view_of({"arrival": 0.6, "total": 3600.0}, now=0.6)).place.tolist() == [FULL]
+
+
+def test_after_a_pause_the_price_is_not_that_of_the_load_before() -> None:
+    """It fell by the number of decisions, of which there are none while nobody asks."""
+    busy = [{"num_prompt": 384, "total": 2.5, "arrival": -1e-3 * i, "expected_left": 200} for i in range(40)]
+    policy = make_policy("slack", DEPTHS)
+    assert (repeated(policy, view_of(*busy, cost=BOUND), 60).place < FULL).all()
+    for now, expected in ((0.1, [True]), (60.0, [False])):
+        new = view_of({"arrival": now, "total": 2.5, "num_prompt": 384, "expected_left": 200}, cost=BOUND, now=now)
+        assert (policy.decide(new).place < FULL).tolist() == expected
+
+
 def test_a_promotion_must_pay_back_its_refill() -> None:
     """Its refill takes 320 x 2 rows x layers, which others need more."""
     busy = [{"num_prompt": 384, "total": 2.5, "arrival": -1e-3 * i} for i in range(12)]

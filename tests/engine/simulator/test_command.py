@@ -114,6 +114,14 @@ def test_costs_that_a_server_has_measured(trace_file: Path, tmp_path: Path, caps
     assert "made for segments of" in capsys.readouterr().err
 
 
+def test_lengths_are_scaled(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = read_trace(trace_file).scaled_lengths(0.125)
+    asked = ["simulate", "--trace", str(trace_file), "--lengths", "0.125", "--policy", "fixed", "--seconds", "0.1"]
+    assert main([*asked, "--seeds", "0", "--no-bound"]) == 0
+    wanted = f"{trace.num_prompt.mean():.0f} tokens in, {trace.num_output.mean():.0f} out"
+    assert wanted in capsys.readouterr().out
+
+
 def test_no_state_is_kept_to_refill_from_on_vllm(trace_file: Path) -> None:
     trace = read_trace(trace_file)
     for backend, ever in (("native", True), ("vllm", False)):

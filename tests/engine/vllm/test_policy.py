@@ -187,6 +187,17 @@ def test_the_view_says_what_the_scheduler_knows() -> None:
     assert not view.resumable.any()
 
 
+def test_who_began_of_late_is_foreseen_to_go_on_coming() -> None:
+    """As in our own engine: a forecast that knows no later prompts lets too many in."""
+    made = taught()
+    first, second = running("first"), running("second", num_prompt=40, num_cached=16)
+    for requests, now in (([first], 100.0), ([first, standing("third")], 100.1), ([first, second], 100.2)):
+        made.decide(requests, now)
+    view = made.view([first, second], 100.3)
+    assert (view.starts, view.start_rows) == (2.0, (20 + 24) / 2)
+    assert made.view([first], 101.1).starts == 1.0
+
+
 def test_who_sits_out_goes_on_as_it_is() -> None:
     """vLLM's running requests all take part: a policy that does not read that changes nothing."""
     made, policy = stubborn(SITS_OUT)

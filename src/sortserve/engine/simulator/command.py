@@ -22,7 +22,7 @@ from sortserve.engine.simulator.traces import BudgetMix, Trace, read_trace
 def run(args: argparse.Namespace) -> int:
     """The command; raises StartupError for what cannot be done with these arguments."""
     try:
-        trace = read_trace(args.trace)
+        trace = read_trace(args.trace).scaled_lengths(args.lengths)
         config = _replica(args)
         mix = BudgetMix(args.interactive, args.relaxed, 0.0 if args.best_effort else 1.0)
         makers = {name: maker(name, config.rungs) for name in args.policy.split(",")}
@@ -154,6 +154,7 @@ def add_arguments(add: Callable[..., object], positive: Callable[[str], int]) ->
     add("--load", type=_numbers, default=(1.0,), metavar="X[,X]", help="of full-size closed-loop capacity; default: 1")
     add("--rate", type=_positive_number, help="requests a second, in place of --load")
     add("--seconds", type=_positive_number, default=120.0, help="of trace per seed; default: 120")
+    add("--lengths", type=_positive_number, default=1.0, help="scale of the trace's lengths; default: 1")
     add("--seeds", type=_seeds, default=(0, 1, 2, 3, 4), metavar="N[,N]", help="default: 0,1,2,3,4")
     add("--even", action="store_true", help="arrivals at the same rate without the trace's bursts")
     add("--interactive", type=_share, default=0.5, help="share of requests with TTFT and TPOT budgets; default: 0.5")

@@ -54,6 +54,7 @@ class Standing:
     tokens_since_switch: int
     used: frozenset[int] = frozenset()  # places that computed the K/V it has
     ignore_eos: bool = False  # it makes all of `max_tokens`
+    num_cached: int = 0  # tokens of its prompt that were found in the prefix cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """What ran in a step and how long it took from scheduling to its outputs; a step that overlaps its predecessor
-    counts from the end of that one."""
+    """What ran in a step and how long it took until its outputs: from the end of the step before it, or from its scheduling
+    if nobody was left then."""
 
     rows: Mapping[int, tuple[int, int, int]]  # by place: rows, requests, sum of their contexts in tokens
     seconds: float

@@ -13,6 +13,7 @@ class StepClock:
     def __init__(self) -> None:
         self._open: deque[tuple[int, float, dict[int, tuple[int, int, int]], bool]] = deque()
         self._last_end = 0.0
+        self._went_on = False  # somebody was left then, so that the time until the next step is a part of that one
 
     def scheduled(self, output: Any, places: Mapping[str, int], requests: Mapping[str, Any], now: float) -> None:
         """A step was scheduled at `now`; steps without rows are not measured."""
@@ -27,13 +28,14 @@ class StepClock:
             had_prompt |= tokens > 1 or request.is_prefill_chunk
         self._open.append((id(output), now, rows, had_prompt))
 
-    def finished(self, output: Any, now: float) -> MeasuredStep | None:
-        """Its outputs are there; None for a step that is not measured."""
+    def finished(self, output: Any, now: float, *, goes_on: bool) -> MeasuredStep | None:
+        """Its outputs are there; None for a step that is not measured. `goes_on`: requests are left, so that whatever is
+        done until the next step is scheduled delays them: it counts as a part of that step."""
         while self._open and self._open[0][0] != id(output) and any(number == id(output) for number, *_ in self._open):
             self._open.popleft()  # its outputs were dropped
         if not self._open or self._open[0][0] != id(output):
             return None
         _, began, rows, had_prompt = self._open.popleft()
-        seconds = now - max(began, self._last_end)
-        self._last_end = now
+        seconds = now - (self._last_end if self._went_on else max(began, self._last_end))
+        self._last_end, self._went_on = now, goes_on
         return MeasuredStep(rows, seconds, had_prompt)

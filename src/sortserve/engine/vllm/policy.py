@@ -18,6 +18,7 @@ from sortserve.engine.lengths import AnswerLengths
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
+from sortserve.engine.traffic import Traffic
 from sortserve.engine.vllm.deciding import CAPABILITIES, Answer, MeasuredStep, Setup, Standing
 from sortserve.engine.vllm.learned import LearnedCost, shape_of
 
@@ -36,6 +37,7 @@ class _Seen:
     num_output: int
     prompt_left: bool
     running: bool
+    begun: bool = False
 
 
 class PolicyDecider:
@@ -47,6 +49,7 @@ class PolicyDecider:
         self.cost = LearnedCost(self.rungs)
         self._setup, self._policy, self._chunks = setup, policy, chunks
         self._lengths = AnswerLengths()
+        self._traffic = Traffic()
         self._answer = Answer()
         self._seen: dict[str, _Seen] = {}
         self._steps = 0
@@ -66,7 +69,7 @@ class PolicyDecider:
 
     def decide(self, requests: Sequence[Standing], now: float) -> Answer:
         """See Decider."""
-        news = self._look(requests)
+        news = self._look(requests, now)
         self._steps += 1
         if requests and (news or self._steps >= ASK_EVERY or now >= self._until):
             view = self.view(requests, now)
@@ -77,11 +80,14 @@ class PolicyDecider:
             return Answer(self._answer.place, self._answer.reason, self._answer.refuse, late, self._answer.chunk_tokens)
         return self._answer
 
-    def _look(self, requests: Sequence[Standing]) -> bool:
+    def _look(self, requests: Sequence[Standing], now: float) -> bool:
         """Note who is there; whether somebody came, went, began, or was preempted."""
         seen = {
             each.request_id: _Seen(
-                each.num_output, each.num_computed < each.num_prompt + each.num_output - 1, each.running
+                each.num_output,
+                each.num_computed < each.num_prompt + each.num_output - 1,
+                each.running,
+                each.place != NEVER_RAN,
             )
             for each in requests
         }
@@ -89,6 +95,10 @@ class PolicyDecider:
             if self._seen[gone].num_output:
                 self._lengths.observe(self._seen[gone].num_output)
         before, self._seen = self._seen, seen
+        for each in requests:
+            was = before.get(each.request_id)
+            if each.place != NEVER_RAN and (was is None or not was.begun):
+                self._traffic.note(now, each.num_prompt - each.num_cached)
         if before.keys() != seen.keys():
             return True
         return any(
@@ -178,6 +188,8 @@ class PolicyDecider:
             tokens_since_switch=ints("tokens_since_switch"),
             confidence=np.full(len(requests), np.nan),
             steps=max(1, self._steps),
+            starts=self._traffic.rate(now),
+            start_rows=self._traffic.rows,
         )
 
     def _computed(self, requests: Sequence[Standing]) -> Ints:

@@ -86,9 +86,12 @@ class SubmodelMixin:
         self._carry_out(answer, now)
         output: SchedulerOutput = super().schedule(throttle_prefills)  # type: ignore[misc]
         places = {}
-        for request_id in output.num_scheduled_tokens:
+        for request_id, tokens in output.num_scheduled_tokens.items():
             tracked = self._tracked[request_id]
-            places[request_id] = self._begin(tracked, now)
+            if tracked.first_scheduled is None:  # what counts as computed before its first rows was found
+                tracked.first_scheduled = now
+                tracked.cached = self.requests[request_id].num_computed_tokens - tokens  # type: ignore[attr-defined]
+            places[request_id] = self._begin(tracked)
         set_places(output, places)
         if self.use_v2_model_runner:  # type: ignore[attr-defined] # whose row order follows this dict's
             exits = self._own.settings.exits
@@ -97,7 +100,7 @@ class SubmodelMixin:
         self._clock.scheduled(output, places, self.requests, now)  # type: ignore[attr-defined]
         return output
 
-    def _begin(self, tracked: Tracked, now: float) -> int:
+    def _begin(self, tracked: Tracked) -> int:
         """The request takes part in a step; the place it runs."""
         if tracked.place != tracked.wanted:
             if tracked.place != NEVER_RAN:
@@ -107,8 +110,6 @@ class SubmodelMixin:
             tracked.tokens_since_switch = 0
             self._reporter.selected(self._own.ladder.entries[tracked.place].id, tracked.reason)
         tracked.used.add(tracked.place)
-        if tracked.first_scheduled is None:
-            tracked.first_scheduled = now
         return tracked.place
 
     def update_from_output(
@@ -127,7 +128,8 @@ class SubmodelMixin:
             group = outputs.setdefault(client, EngineCoreOutputs())
             group.outputs = [*group.outputs, output]
         self._ended = []
-        step = self._clock.finished(scheduler_output, now)
+        goes_on = self.has_unfinished_requests()  # type: ignore[attr-defined]
+        step = self._clock.finished(scheduler_output, now, goes_on=goes_on)
         if step is not None:
             self._decider.measured(step)
         self._reporter.report(self, self._decider, now)

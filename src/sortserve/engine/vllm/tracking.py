@@ -36,6 +36,7 @@ class Tracked:
     switches: int = 0
     recomputed_tokens: int = 0
     tokens_since_switch: int = 0
+    cached: int = 0  # tokens of its prompt that were found in the prefix cache
     first_scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -148,4 +149,5 @@ def standing(request_id: str, tracked: Tracked, request: Any, running: bool) -> 
         tracked.tokens_since_switch,
         frozenset(tracked.used),
         request.sampling_params is not None and request.sampling_params.ignore_eos,
+        tracked.cached,
     )
