@@ -75,13 +75,23 @@ def rope_and_write(
 
     writing = slots >= 0
     flat, size = pool.view(-1, pool.shape[2]), pool.shape[1]
-    flat[slots[writing] + layer_in_page * size] = turn(key).flatten(1)[writing]
-    flat[slots[writing] + (page_layers + layer_in_page) * size] = value.flatten(1)[writing]
+    limit = 448.0 if pool.dtype == torch.float8_e4m3fn else torch.inf
+    for kept, first in ((turn(key), layer_in_page), (value, page_layers + layer_in_page)):
+        kept = kept.flatten(1)[writing].clamp(-limit, limit)
+        flat[slots[writing] + first * size] = kept.to(pool.dtype)
     return turn(query).masked_fill((positions < 0)[:, None, None], 0.0)
 
 
 def paged_attention(
-    query: Tensor, pool: Tensor, batch: Any, *, page_layers: int, layer_in_page: int, num_kv_heads: int, **_: Any
+    query: Tensor,
+    pool: Tensor,
+    batch: Any,
+    *,
+    page_layers: int,
+    layer_in_page: int,
+    num_kv_heads: int,
+    window: int | None,
+    **_: Any,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
     out = query.new_full((num_rows, num_heads * head_dim), torch.nan)
@@ -100,8 +110,10 @@ def paged_attention(
         stop = position + count
         pages = batch.tables[seat, : -(-stop // size)].long() * 2 * page_layers + layer_in_page
         shape = (-1, num_kv_heads, head_dim)
-        key, value = (pool[pages + at].reshape(shape)[:stop] for at in (0, page_layers))
+        key, value = (pool[pages + at].to(query.dtype).reshape(shape)[:stop] for at in (0, page_layers))
         seen = torch.arange(stop) <= position + torch.arange(count)[:, None]
+        if window is not None:
+            seen &= torch.arange(stop) > position + torch.arange(count)[:, None] - window
         attended = F.scaled_dot_product_attention(
             query[first : first + count].transpose(0, 1)[None],
             key.transpose(0, 1)[None],
