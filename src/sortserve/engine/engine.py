@@ -118,12 +118,14 @@ class Engine:
             on_end=grammars.drop,
         )
         runner: StepRunner
+        kernels = dispatch.kernels
         if weights is None:
             assert simulated is not None
             runner = simulated
         elif not isinstance(weights, ModelWeights):
             assert cuda is not None
             runner = cuda.runner(weights, geometry, scheduler.settings, num_pages, max_model_len, grammars)
+            kernels = f"{kernels}, {runner.attention.words}"
         else:
             runner = Runner(
                 model_config,
@@ -149,7 +151,7 @@ class Engine:
             load_seconds=time.monotonic() - began,
             device="" if simulated is not None else dispatch.device,
             device_name=dispatch.name,
-            kernels="" if simulated is not None else dispatch.kernels,
+            kernels="" if simulated is not None else kernels,
             weights=config.dtype if config.weights == "auto" else config.weights,
             kv_dtype=config.dtype if config.kv_dtype == "auto" else config.kv_dtype,
         )

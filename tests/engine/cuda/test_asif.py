@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from sortserve.engine.config import load_model_config
-from sortserve.engine.cuda import forward, rows
+from sortserve.engine.cuda import attention, forward, rows
 from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.rows import RowLayout, StepRows
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.tables import Longs, PageTables
 from sortserve.engine.plan import Ints
+from sortserve.kernels.gpu import backends, flash_attention
+from sortserve.kernels.gpu.backends import OURS, Offer
 from tests.engine import asif
 from tests.engine.asif import random_run
 from tests.engine.cuda import plain_kernels
 from tests.engine.cuda.harness import EAGER, PADDED, CudaHarness, make_model
+from tests.kernels.gpu.flash_attention_model import with_cache
 from tests.kernels.gpu.interpreter import round_fp8_rightly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,9 +153,38 @@ def test_a_sliding_window_is_as_if(family: str, tmp_path: Path, monkeypatch: pyt
     def wider(*arguments: Any, window: int, **options: Any) -> Any:
         return attend(*arguments, window=window + 1, **options)
 
-    monkeypatch.setattr(forward, "paged_attention", wider)
+    monkeypatch.setattr(backends, "paged_attention", wider)
     with pytest.raises(AssertionError, match="relative error"):
         run_one(folder, 3, EAGER, num_actions=40)
+
+
+def test_a_library_that_is_faster_is_as_if(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FlashAttention behind the runner's call, for single rows and chunks, skipped layers and padding: a model of it, which
+    the measurement at start finds the fastest. The pool is as empty afterwards as it was."""
+    plain_kernels.put_in_place(monkeypatch, forward)
+    asked = Counter[str]()
+
+    def library(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        asked["chunk" if "cu_seqlens_q" in options else "single"] += 1
+        return with_cache(query, *arguments, **options)
+
+    ours, theirs = plain_kernels.paged_attention, flash_attention.on_our_pages(library)
+    monkeypatch.setattr(attention, "offers", lambda *_: (Offer(OURS, ours), Offer("flash", theirs)))
+    times = iter([2.0, 1.0, 3.0, 0.5])
+    monkeypatch.setattr(backends, "_graph_milliseconds", lambda call: next(times))
+    with caplog.at_level("INFO"):
+        harness = CudaHarness(folder, num_pages=80, max_step_tokens=20, options=EAGER)
+    runner = harness.runner
+    assert isinstance(runner, CudaRunner)
+    assert runner.attention.words == "attention by flash"
+    assert "attention of chunks by flash (triton: 3.0000 ms, flash 0.5000)" in caplog.text
+    assert not runner._eager.pool.any()
+    asked.clear()
+    random_run(harness, random.Random(3), num_actions=40)
+    assert asked["chunk"] > 20
+    assert asked["single"] > 20
 
 
 # ---- planted bugs: each must be caught

@@ -15,7 +15,8 @@ from sortserve.engine.cuda.weights import DeviceLayer, DeviceWeights, Matrix
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable
-from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention
+from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows
+from sortserve.kernels.gpu.backends import AttentionCall
 from sortserve.kernels.gpu.ffn import staircase_ffn
 from sortserve.kernels.gpu.linear import linear
 from sortserve.kernels.gpu.norm import add_rms_norm, gather_norm, rms_norm
@@ -44,6 +45,7 @@ class Forward:
         pool: Tensor,
         tables: Tensor,  # [columns, seats, blocks]
         max_model_len: int,
+        attention: AttentionCall,
         scratch: AttentionScratch | None = None,
     ) -> None:
         self.weights = weights
@@ -54,6 +56,7 @@ class Forward:
         self._tables = tables
         self._max_context = max_model_len
         self._scratch = scratch
+        self._attention = attention
         cos, sin = rope_table(config.rope, config.shape.head_dim, max_model_len)
         self._cos, self._sin = cos.to(pool.device).contiguous(), sin.to(pool.device).contiguous()
         # whether some sub-model skips the layer's attention: only then can an output bias be in the way
@@ -92,7 +95,7 @@ class Forward:
         column, layer_in_page = divmod(layer, self._geometry.page_layers)
         query = self._queries(weights, hidden, column, layer_in_page, index["position"][segment, :rows], index)
         attends = index["attend"][layer, :rows]
-        attended = paged_attention(
+        attended = self._attention(
             query,
             self.pool,
             PagedRows(
@@ -103,6 +106,7 @@ class Forward:
                 index["tile_rows"][segment, :tiles],
                 self._max_context,
                 tile_rows,
+                whole=True,
             ),
             page_layers=self._geometry.page_layers,
             layer_in_page=layer_in_page,
