@@ -170,7 +170,8 @@ def test_a_library_that_is_faster_is_as_if(
         asked["chunk" if "cu_seqlens_q" in options else "single"] += 1
         return with_cache(query, *arguments, **options)
 
-    ours, theirs = plain_kernels.paged_attention, flash_attention.on_our_pages(library)
+    ours: Any = plain_kernels.paged_attention
+    theirs = flash_attention.on_our_pages(library)
     monkeypatch.setattr(attention, "offers", lambda *_: (Offer(OURS, ours), Offer("flash", theirs)))
     times = iter([2.0, 1.0, 3.0, 0.5])
     monkeypatch.setattr(backends, "_graph_milliseconds", lambda call: next(times))
