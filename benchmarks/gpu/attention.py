@@ -23,7 +23,10 @@ def run(device: torch.device) -> list[Result]:
     if small(device):
         return [
             decode(device, 4, 2, 32, [40, 3]),
+            decode(device, 4, 2, 32, [40, 3], fp8=True),
+            decode(device, 4, 2, 32, [40, 3], window=16),
             chunk(device, 4, 2, 32, start=16, rows=16),
+            chunk(device, 4, 2, 32, start=16, rows=16, fp8=True),
             mixed(device, 4, 2, 32, contexts=[20], start=0, rows=8),
         ]
     results = [
@@ -32,11 +35,13 @@ def run(device: torch.device) -> list[Result]:
         for batch, context in ((1, 1024), (1, 8192), (8, 2048), (32, 2048), (64, 1024), (64, 4096))
     ]
     results += [decode(device, *HEADS[0], [16384] + [512] * 31), decode(device, *HEADS[0], [2048] * 32, fp8=True)]
+    results.append(decode(device, *HEADS[0], [8192] * 32, window=1024))
     results += [
         chunk(device, *heads, start=start, rows=rows)
         for heads in HEADS
         for start, rows in ((0, 512), (0, 2048), (2048, 512))
     ]
+    results.append(chunk(device, *HEADS[0], start=2048, rows=512, fp8=True))
     return [*results, mixed(device, *HEADS[0], contexts=[1024] * 32, start=1024, rows=512)]
 
 
@@ -66,7 +71,7 @@ class Setting:
         )
         return key, value
 
-    def call(self, query: Tensor, batch: PagedRows) -> Callable[[], Tensor]:
+    def call(self, query: Tensor, batch: PagedRows, window: int | None = None) -> Callable[[], Tensor]:
         """Our kernels, with buffers of their own as in a captured graph."""
         rows, heads, head_dim = query.shape
         places = max(rows, batch.tile_rows.shape[0])
@@ -79,15 +84,22 @@ class Setting:
             page_layers=PAGE_LAYERS,
             layer_in_page=LAYER,
             num_kv_heads=self.shape[0],
+            window=window,
             scratch=scratch,
             out=out,
         )
 
 
 def decode(
-    device: torch.device, heads: int, kv_heads: int, head_dim: int, contexts: list[int], fp8: bool = False
+    device: torch.device,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    contexts: list[int],
+    fp8: bool = False,
+    window: int | None = None,
 ) -> Result:
-    """One row of each sequence."""
+    """One row of each sequence; with a window it need not read what lies before."""
     setting = Setting(device, kv_heads, head_dim, contexts, fp8)
     rows = len(contexts)
     query = torch.randn(rows, heads, head_dim, device=device, dtype=model_dtype(device))
@@ -95,7 +107,7 @@ def decode(
     positions = torch.tensor(contexts, device=device, dtype=torch.int32) - 1
     batch = PagedRows(setting.tables, index, positions, index, torch.ones_like(index), max(contexts))
     compared: dict[str, Callable[[], object]] = {}
-    if not fp8:
+    if not fp8 and window is None:
         if len(set(contexts)) == 1:
             keys, values = zip(*(setting.plain(sequence) for sequence in range(rows)), strict=True)
             key, value = torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2)
@@ -107,12 +119,12 @@ def decode(
             call = make(query, setting.pool, batch, PAGE_LAYERS, LAYER, kv_heads)
             if call is not None:
                 compared[name] = call
-    tokens = sum(contexts)
+    tokens = sum(min(context, window or context) for context in contexts)
     told = f"{rows} x {contexts[0]}" if len(set(contexts)) == 1 else f"{contexts[0]} + {rows - 1} x {contexts[-1]}"
     return result(
-        "decode, fp8 K/V" if fp8 else "decode",
+        "decode, fp8 K/V" if fp8 else f"decode, window {window}" if window else "decode",
         f"{told} tokens, {heads} on {kv_heads} x {head_dim}",
-        setting.call(query, batch),
+        setting.call(query, batch, window),
         device,
         num_bytes=2 * tokens * kv_heads * head_dim * setting.pool.element_size() + 2 * query.nbytes,
         flops=4 * tokens * heads * head_dim,
@@ -120,9 +132,11 @@ def decode(
     )
 
 
-def chunk(device: torch.device, heads: int, kv_heads: int, head_dim: int, start: int, rows: int) -> Result:
+def chunk(
+    device: torch.device, heads: int, kv_heads: int, head_dim: int, start: int, rows: int, fp8: bool = False
+) -> Result:
     """`rows` rows of one sequence over a cached prefix of `start` tokens."""
-    setting = Setting(device, kv_heads, head_dim, [start + rows], False)
+    setting = Setting(device, kv_heads, head_dim, [start + rows], fp8)
     query = torch.randn(rows, heads, head_dim, device=device, dtype=model_dtype(device))
     batch = _tiles(setting, [(start, rows)], rows_per_tile(heads, kv_heads, head_dim))
     key, value = (both.transpose(0, 1)[None].contiguous() for both in setting.plain(0))
@@ -135,14 +149,15 @@ def chunk(device: torch.device, heads: int, kv_heads: int, head_dim: int, start:
         return F.scaled_dot_product_attention(wide, key, value, attn_mask=seen, enable_gqa=True)
 
     pairs = rows * start + rows * (rows + 1) // 2
+    name = "refill over a prefix" if start else "prompt"
     return result(
-        "refill over a prefix" if start else "prompt",
+        f"{name}, fp8 K/V" if fp8 else name,
         f"{rows} rows over {start}, {heads} on {kv_heads} x {head_dim}",
         setting.call(query, batch),
         device,
         num_bytes=2 * (start + rows) * kv_heads * head_dim * setting.pool.element_size() + 2 * query.nbytes,
         flops=4 * pairs * heads * head_dim,
-        compared={"SDPA, K/V side by side": sdpa},
+        compared={} if fp8 else {"SDPA, K/V side by side": sdpa},
     )
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sortserve.kernels.gpu.attention import PagedRows
-from sortserve.kernels.gpu.backends import layer_views, offers
+from sortserve.kernels.gpu.backends import offers
+from sortserve.kernels.gpu.flash_attention import layer_views
 
 WORKSPACE_BYTES = 128 << 20
 

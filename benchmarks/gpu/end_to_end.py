@@ -51,7 +51,7 @@ def run(name: str, device: torch.device, clock: Clock, say: Callable[[str], None
     say(f"{bench.setup.name}: weights, pool and graphs in {time.monotonic() - began:.1f} s")
     memory = {"graphs_mib": graphs.capture_bytes / (1 << 20)}
     rows.append(Row("start", f"{bench.setup.name}: capture", 0.0, 1e3 * graphs.capture_seconds, figures=memory))
-    for section in (full_depth, shares, mixed, switches, refill, overhead):
+    for section in (full_depth, shares, mixed, switches, refill, overhead, fp8_kv):
         if clock.spent():
             say(f"{bench.setup.name}: no time left for {section.__name__}")
             continue
@@ -222,6 +222,36 @@ def refill(bench: Bench, clock: Clock) -> Iterator[Row]:
         {"prefill_ms": prefill_ms, "of_prefill": refill_ms / prefill_ms},
         "at most 0.6 of a prefill",
         refill_ms / prefill_ms <= 0.6,
+    )
+
+
+def fp8_kv(bench: Bench, clock: Clock) -> Iterator[Row]:
+    """The longest contexts that fit, with K/V in fp8 against the model's dtype: by their shares of bytes. On the small
+    shape only, where K/V weigh more and a second model takes seconds."""
+    setup = bench.setup
+    if setup is LLAMA_8B:
+        return
+    context, places = setup.context - 1, [bench.full] * setup.max_running
+    wide_ms = device_ms(bench, bench.decode(places, context))
+    wide_bytes = bench.decode_bytes(places, context)
+    narrow = Bench.build(
+        replace(setup, shape=replace(setup.shape, kv_value_bytes=1)),
+        bench.device,
+        bench.dtype,
+        eager=not clock.left > 20,
+    )
+    plan = narrow.decode(places, context)
+    share = narrow.decode_bytes(places, context) / wide_bytes
+    took = device_ms(narrow, plan)
+    yield Row(
+        "fp8 K/V",
+        f"{setup.name}, batch {len(places)}, context {context}",
+        took,
+        wall_ms(narrow, plan),
+        wide_ms * share,
+        {"share_of_bytes": share, "over_share": took / (wide_ms * share)},
+        "at most 1.05 of the share",
+        took / (wide_ms * share) <= 1.05,
     )
 
 

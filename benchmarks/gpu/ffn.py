@@ -1,4 +1,5 @@
-"""The staircase FFN: each width's weights are read once per tile of rows; compared with torch.matmul for the same FFN.
+"""The staircase FFN: each width's weights are read once per tile of rows; compared with torch.matmul for the same FFN, and
+from 65 rows on with our own kernels without tensor descriptors.
 
 The comparison runs on a prefix of its own at every width, copied before the clock starts: what a model cut to that width
 would take. Mixed widths are half full and half at a quarter, rows sorted; they are compared with nothing.
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.common import Result, model_dtype, result, small
 from sortserve.kernels.gpu.ffn import FfnScratch, GatedWeights, staircase_ffn
+from sortserve.kernels.gpu.ffn_tma import has_tma
 
 ROWS = (1, 8, 32, 64, 128, 256, 2048)
 SHARES = (1.0, 0.5, 0.25)
@@ -40,18 +42,22 @@ def run(device: torch.device) -> list[Result]:
         if rows > 1:
             wide = rows // 2
             results.append(_measure(device, weights, [width] * wide + [width // 4] * (rows - wide), "mixed"))
+    if small(device):
+        results.append(_measure(device, weights, [width] * 66, "width 100%", tma=True))
     return results
 
 
-def _measure(device: torch.device, weights: GatedWeights, widths: list[int], told: str) -> Result:
+def _measure(
+    device: torch.device, weights: GatedWeights, widths: list[int], told: str, tma: bool | None = None
+) -> Result:
     hidden, rows, widest = weights.down.shape[0], len(widths), max(widths)
     x = torch.randn(rows, hidden, device=device, dtype=model_dtype(device))
     residual, out = torch.randn_like(x), torch.empty_like(x)
     on_device = torch.tensor(widths, dtype=torch.int32, device=device)
     scratch = FfnScratch.for_rows(rows, weights, x)
 
-    def ours() -> Tensor:
-        return staircase_ffn(x, weights, on_device, residual, scratch=scratch, out=out)
+    def ours(tma: bool | None = tma) -> Tensor:
+        return staircase_ffn(x, weights, on_device, residual, scratch=scratch, out=out, tma=tma)
 
     moved = 3 * hidden * widest * weights.gate.itemsize + 3 * x.nbytes + 2 * sum(widths) * x.itemsize
     compared: dict[str, Callable[[], object]] = (
@@ -59,6 +65,8 @@ def _measure(device: torch.device, weights: GatedWeights, widths: list[int], tol
         if min(widths) == widest and weights.gate_scale is None
         else {}
     )
+    if rows > 64 and (tma or has_tma(device)):
+        compared["ours without TMA"] = lambda: ours(tma=False)
     shape = f"{rows} rows, {hidden} x {weights.gate.shape[0]}, {told}"
     flops = 6 * hidden * sum(widths)
     return result("ffn", shape, ours, device, num_bytes=moved, flops=flops, compared=compared)

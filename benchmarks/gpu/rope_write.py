@@ -17,17 +17,20 @@ def run(device: torch.device) -> list[Result]:
     """Decode and prompt sizes of an 8B model (32 heads on 8 of 128), with and without QK-norm."""
     heads, kv_heads, head_dim = (4, 2, 32) if small(device) else (32, 8, 128)
     rows_list = (2,) if small(device) else (1, 8, 32, 64, 256, 2048)
-    return [_measure(device, rows, heads, kv_heads, head_dim, norm) for rows in rows_list for norm in (False, True)]
+    results = [_measure(device, rows, heads, kv_heads, head_dim, norm) for rows in rows_list for norm in (False, True)]
+    return [*results, _measure(device, rows_list[-1], heads, kv_heads, head_dim, False, fp8=True)]
 
 
-def _measure(device: torch.device, rows: int, heads: int, kv_heads: int, head_dim: int, norm: bool) -> Result:
+def _measure(
+    device: torch.device, rows: int, heads: int, kv_heads: int, head_dim: int, norm: bool, *, fp8: bool = False
+) -> Result:
     dtype, width = model_dtype(device), kv_heads * head_dim
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device=device, dtype=dtype)
     angles = torch.rand(4096, head_dim // 2, device=device) * 6
     cos, sin = angles.cos(), angles.sin()
     positions = torch.arange(rows, device=device, dtype=torch.int32)
     pages = -(-rows // SIZE)
-    pool = torch.zeros(pages * 2 * PAGE_LAYERS, SIZE, width, device=device, dtype=dtype)
+    pool = torch.zeros(pages * 2 * PAGE_LAYERS, SIZE, width, device=device, dtype=torch.float8_e4m3fn if fp8 else dtype)
     slots = positions.long() // SIZE * (2 * PAGE_LAYERS * SIZE) + positions.long() % SIZE
     weight = torch.ones(head_dim, device=device, dtype=dtype) if norm else None
     out = torch.empty(rows, heads, head_dim, device=device, dtype=dtype)
@@ -50,7 +53,10 @@ def _measure(device: torch.device, rows: int, heads: int, kv_heads: int, head_di
         )
 
     moved = 2 * qkv.nbytes + rows * (2 * head_dim * 2 + 12)  # cosines and sines, a position and a slot
-    name = "rope_write, QK-norm" if norm else "rope_write"
+    moved -= 2 * rows * width * (dtype.itemsize - pool.itemsize)
+    name = "rope_write, QK-norm" if norm else "rope_write, fp8 K/V" if fp8 else "rope_write"
+    rotations = torch.complex(cos, sin)
+    in_torch = None if fp8 else _in_torch(qkv, rotations, positions, slots, pool, heads, kv_heads, weight)
     return result(
         name,
         f"{rows} rows, {heads} on {kv_heads} x {head_dim}",
@@ -58,7 +64,7 @@ def _measure(device: torch.device, rows: int, heads: int, kv_heads: int, head_di
         device,
         num_bytes=moved,
         flops=0,
-        compared={"torch": _in_torch(qkv, torch.complex(cos, sin), positions, slots, pool, heads, kv_heads, weight)},
+        compared={} if in_torch is None else {"torch": in_torch},
     )
 
 

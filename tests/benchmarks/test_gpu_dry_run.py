@@ -43,6 +43,15 @@ def test_a_dry_run_runs_every_section(tmp_path: Path) -> None:
         "switch",
         "refill",
         "overhead",
+        "fp8 K/V",
     }
-    assert content["kernels"]
+    names = {kernel["name"] for kernel in content["kernels"]}
+    assert names >= {
+        "ffn",
+        "decode, fp8 K/V",
+        "decode, window 16",
+        "refill over a prefix, fp8 K/V",
+        "rope_write, fp8 K/V",
+    }
+    assert any("ours without TMA" in kernel["compared"] for kernel in content["kernels"])
     assert "| decode: tiny" in (tmp_path / "gpu-dry-run.md").read_text()

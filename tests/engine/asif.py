@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,11 @@ TOLERANCE = 1e-4
 
 class Oracle:
     """A Llama-family decoder in float64, from the checkpoint's tensors; `int8`: from what is left of its matrices, the
-    embedding left out, as multiples of a 127th of each row's largest value."""
+    embedding left out, as multiples of a 127th of each row's largest value; `fp8_kv`: over K and V rounded to e4m3."""
 
-    def __init__(self, folder: Path, config: ModelConfig, int8: bool = False) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, int8: bool = False, fp8_kv: bool = False) -> None:
         self.config = config
+        self.fp8_kv = fp8_kv
         tensors = load_file(folder / "model.safetensors")
         if int8:
             for name, tensor in tensors.items():
@@ -73,6 +74,8 @@ class Oracle:
         t, count = self.tensors, len(tokens)
         x = t["model.embed_tokens.weight"][tokens]
         causal = torch.ones(count, count, dtype=torch.bool).tril()
+        if self.config.sliding_window is not None:
+            causal = causal.triu(1 - self.config.sliding_window)
         for layer in range(widths.shape[0]):
             p = f"model.layers.{layer}."
             normed = self._norm(x, p + "input_layernorm.weight")
@@ -84,6 +87,8 @@ class Oracle:
                 for name in "qkv"
             )
             q, k = self._rotate(q), self._rotate(k)
+            if self.fp8_kv:
+                k, v = e4m3(k), e4m3(v)
             share = shape.num_heads // shape.num_kv_heads
             k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
             scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(shape.head_dim)
@@ -97,6 +102,13 @@ class Oracle:
             x = x + inner @ t[p + "mlp.down_proj.weight"].T
         head = t.get("lm_head.weight", t["model.embed_tokens.weight"])
         return self._norm(x[-1], "model.norm.weight") @ head.T
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """The nearest numbers with 4 bits of exponent and 3 of mantissa, ties to even, none above 448: multiples of an eighth of
+    the power of two below, of 2^-9 under 2^-6."""
+    step = torch.exp2(x.abs().clamp_min(2.0**-6).log2().floor() - 3)
+    return (x / step).round().mul(step).clamp(-448.0, 448.0)
 
 
 def asif_ladder(config: ModelConfig) -> Ladder:
@@ -121,6 +133,8 @@ class Harness:
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
     int8: bool = False  # weights of the engine and of the oracle
+    fp8_kv: bool = False  # K/V of the engine and of the oracle
+    dtype: torch.dtype = torch.float32  # of the engine's weights and states
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
     block_tokens: int = BLOCK_TOKENS
 
@@ -129,7 +143,9 @@ class Harness:
             make_tiny(self.folder, "llama", seed=3)
         self.config = load_model_config(self.folder)
         self.ladder = asif_ladder(self.config)
-        self.geometry = KVGeometry.of(self.config.shape, self.ladder.bounds, self.block_tokens)
+        kv_bytes = 1 if self.fp8_kv else None
+        shape = replace(self.config.shape, dtype_bytes=self.dtype.itemsize, kv_value_bytes=kv_bytes)
+        self.geometry = KVGeometry.of(shape, self.ladder.bounds, self.block_tokens)
         self.kv = KVManager(self.geometry, self.num_pages)
         self.policy = WantedPolicy(self.ladder.full)
         self.scheduler = Scheduler(
@@ -142,7 +158,7 @@ class Harness:
             ask_every=1,
         )
         self.policy.requests = self.scheduler.requests
-        self.oracle = Oracle(self.folder, self.config, self.int8)
+        self.oracle = Oracle(self.folder, self.config, self.int8, self.fp8_kv)
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
@@ -152,7 +168,7 @@ class Harness:
     def make_runner(self) -> StepRunner:
         """The CPU's runner, which tells `note_sampled` before it samples."""
         source = Checkpoint.open(self.folder, self.config)
-        weights = load_weights(source, self.config, self.ladder, torch.float32, int8=self.int8)
+        weights = load_weights(source, self.config, self.ladder, self.dtype, int8=self.int8)
         runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
         sample = runner._sample
 

@@ -141,6 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantized": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantized.*awq.*unquantized"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "dtype": ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn, must be one of float32, bfloat16, float16"),
+    "soft-cap": ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
     "no-size": ({"hidden_size": None}, "hidden_size is None"),
     "text-size": ({"hidden_size": "4096"}, "hidden_size is '4096'"),
     "half-layer": ({"num_hidden_layers": 1.5}, "num_hidden_layers is 1.5"),
@@ -185,6 +186,7 @@ def test_engine_defaults_are_valid() -> None:
     ("field", "value", "message"),
     [
         ("dtype", "int8", "dtype is 'int8', must be one of auto"),
+        ("kv_dtype", "int8", "kv_dtype is 'int8', must be one of auto, fp8"),
         ("device", "cuda:x", "device is 'cuda:x'"),
         ("max_model_len", 0, "max_model_len is 0, must be at least 1"),
         ("kv_bytes", -1, "kv_bytes is -1"),

@@ -1,5 +1,6 @@
 """Pages and the prefix index: who holds what, and what is evicted first."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,9 +16,15 @@ COIN: st.SearchStrategy[Any] = st.booleans()
 # ---- geometry
 
 
-@given(st.sets(st.integers(1, 12), min_size=1), st.integers(1, 8), st.integers(1, 40), st.sampled_from([8, 16, 48]))
-def test_geometry(exits: set[int], block_tokens: int, num_tokens: int, hidden: int) -> None:
-    shape = ModelShape(max(exits), hidden, 64, 2, 1, 8, 100, dtype_bytes=2)
+@given(
+    st.sets(st.integers(1, 12), min_size=1),
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.sampled_from([8, 16, 48]),
+    st.sampled_from([None, 1]),
+)
+def test_geometry(exits: set[int], block_tokens: int, num_tokens: int, hidden: int, kv_value_bytes: int | None) -> None:
+    shape = ModelShape(max(exits), hidden, 64, 2, 1, 8, 100, dtype_bytes=2, kv_value_bytes=kv_value_bytes)
     geometry = KVGeometry.of(shape, (0, *sorted(exits)), block_tokens)
     columns = [
         column for s in range(geometry.num_segments) for column in range(geometry.num_columns)[geometry.columns(s)]
@@ -31,6 +38,18 @@ def test_geometry(exits: set[int], block_tokens: int, num_tokens: int, hidden: i
     assert geometry.pages_for(num_tokens) * geometry.page_bytes == kv_bytes
     state_bytes = block_tokens * hidden * 2
     assert (geometry.state_pages - 1) * geometry.page_bytes < state_bytes <= geometry.state_pages * geometry.page_bytes
+
+
+def test_fp8_halves_the_pages_and_not_the_states() -> None:
+    shape = ModelShape(24, 96, 64, 2, 1, 8, 100)
+    wide, narrow = (
+        KVGeometry.of(dataclasses.replace(shape, kv_value_bytes=size), (0, 12, 18, 24), 16) for size in (None, 1)
+    )
+    assert narrow.page_elements == wide.page_elements
+    assert 2 * narrow.page_bytes == wide.page_bytes == 2 * 6 * 16 * 8 * 2
+    assert (narrow.state_pages, wide.state_pages) == (2, 1)  # 3,072 bytes in pages of 1,536 and of 3,072
+    assert (narrow.state_piece, narrow.page_pieces) == (96, 8)
+    assert (wide.state_piece, wide.page_pieces) == (96, 16)
 
 
 def test_page_layers_is_the_greatest_common_divisor() -> None:

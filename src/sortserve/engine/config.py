@@ -21,6 +21,8 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 WEIGHT_BYTES: Mapping[str, int | None] = {"auto": None, "int8": 1, "fp8": 1}
 """Bytes of a weight by `EngineConfig.weights`; None: those of the dtype."""
+KV_BYTES: Mapping[str, int | None] = {"auto": None, "fp8": 1}
+"""Bytes of a value of K or V by `EngineConfig.kv_dtype`; None: those of the dtype."""
 MAX_BLOCK_TOKENS = 1024
 
 _ARCHITECTURES: Mapping[str, Family] = {
@@ -95,8 +97,9 @@ class EngineConfig:
     model_folder: Path  # config.json, tokenizer.json and *.safetensors lie here
     served_name: str = ""  # model name of the API; "": the folder's name
     device: str = "auto"  # auto, cpu, cuda or cuda:<index>
-    dtype: str = "auto"  # of weights and K/V: auto, float32, bfloat16 or float16
-    weights: str = "auto"  # kept in memory as: auto (the dtype), int8 or fp8; K/V and states stay in the dtype
+    dtype: str = "auto"  # of weights, states and K/V: auto, float32, bfloat16 or float16
+    weights: str = "auto"  # kept in memory as: auto (the dtype), int8 or fp8; states stay in the dtype
+    kv_dtype: str = "auto"  # K/V kept in memory as: auto (the dtype) or fp8 (float8_e4m3fn, scale 1; on a GPU)
     max_model_len: int | None = None  # tokens, prompt + output; None: what model and memory allow
     kv_bytes: int | None = None  # bytes for K/V pages and exit states; None: from the free memory
     max_step_tokens: int = 256  # rows of one step, prompt chunks and refills included
@@ -122,6 +125,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, ("auto", *DTYPE_BYTES))
         _check_choice("weights", self.weights, tuple(WEIGHT_BYTES))
+        _check_choice("kv_dtype", self.kv_dtype, tuple(KV_BYTES))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise StartupError(f"device is {self.device!r}, must be auto, cpu, cuda or cuda:<index>", param="device")
         for name, high in (
@@ -241,6 +245,9 @@ def _check_supported(fields: _Fields) -> None:
                 f"the checkpoint is quantized ({key}, method {method}), which is not supported; "
                 "use the unquantized one in float32, bfloat16 or float16"
             )
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if fields.raw.get(key):
+            raise fields.error(f"{key} is {fields.raw[key]}, and capped logits (Gemma's) are not supported")
     activation = fields.raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.error(f"hidden_act is {activation!r}, only silu is supported")

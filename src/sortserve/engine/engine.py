@@ -15,7 +15,7 @@ import torch
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
-from sortserve.engine.config import DTYPE_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.config import DTYPE_BYTES, KV_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import NotFoundError, StartupError
@@ -74,7 +74,10 @@ class Engine:
         model_config = load_model_config(config.model_folder)
         config, dtype, dispatch = _resolve(config, model_config)
         shape = replace(
-            model_config.shape, dtype_bytes=DTYPE_BYTES[config.dtype], weight_bytes=WEIGHT_BYTES[config.weights]
+            model_config.shape,
+            dtype_bytes=DTYPE_BYTES[config.dtype],
+            weight_bytes=WEIGHT_BYTES[config.weights],
+            kv_value_bytes=KV_BYTES[config.kv_dtype],
         )
         path = config.ladder_path or config.model_folder / LADDER_FILE
         has_ladder = config.ladder_path is not None or path.exists()
@@ -115,12 +118,14 @@ class Engine:
             on_end=grammars.drop,
         )
         runner: StepRunner
+        kernels = dispatch.kernels
         if weights is None:
             assert simulated is not None
             runner = simulated
         elif not isinstance(weights, ModelWeights):
             assert cuda is not None
             runner = cuda.runner(weights, geometry, scheduler.settings, num_pages, max_model_len, grammars)
+            kernels = f"{kernels}, {runner.attention.words}"
         else:
             runner = Runner(
                 model_config,
@@ -146,8 +151,9 @@ class Engine:
             load_seconds=time.monotonic() - began,
             device="" if simulated is not None else dispatch.device,
             device_name=dispatch.name,
-            kernels="" if simulated is not None else dispatch.kernels,
+            kernels="" if simulated is not None else kernels,
             weights=config.dtype if config.weights == "auto" else config.weights,
+            kv_dtype=config.dtype if config.kv_dtype == "auto" else config.kv_dtype,
         )
         engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
         if simulated is not None:
@@ -245,6 +251,7 @@ class Engine:
             "dtype": config.dtype,
             "device": f"{self.info.device} {self.info.device_name} {self.info.kernels} eager={config.enforce_eager}",
             "weights": config.weights,
+            "kv_dtype": config.kv_dtype,
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
             "torch": str(torch.__version__),
@@ -274,7 +281,7 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
         fast = dispatch.is_cuda or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "bfloat16" if model.dtype != "float32" and fast else "float32"
     if not dispatch.is_cuda:
-        _check_weights(config)
+        _check_formats(config)
     resolved = replace(
         config, device=dispatch.device, dtype=name, served_name=config.model_name, num_threads=num_threads
     )
@@ -290,10 +297,12 @@ def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "Cuda
     return start
 
 
-def _check_weights(config: EngineConfig) -> None:
-    """Raise StartupError for a format of weights that this processor does not multiply."""
+def _check_formats(config: EngineConfig) -> None:
+    """Raise StartupError for a format of weights or K/V that this processor does not multiply."""
     if config.simulates is not None:
         return
+    if config.kv_dtype == "fp8":
+        raise StartupError("fp8 K/V needs a CUDA GPU; start without --kv-dtype fp8 on the CPU", param="kv_dtype")
     if config.weights == "fp8":
         raise StartupError("fp8 weights need a CUDA GPU; use --weights int8 on the CPU", param="weights")
     if config.weights == "int8" and not is_exact():
@@ -342,7 +351,7 @@ def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", h
     kernels = f"({info.kernels})" if info.kernels else ""
     device = " ".join(word for word in (info.device or "no device", info.device_name, kernels) if word)
     logger.info(
-        "loaded %s on %s in %.1f s: %d sub-models, exits %s, %s; %s weights %.0f MiB (head %s), K/V %.0f MiB, context %d",
+        "loaded %s on %s in %.1f s: %d sub-models, exits %s, %s; %s weights %.0f MiB (head %s), %s K/V %.0f MiB, context %d",
         info.model,
         device,
         info.load_seconds,
@@ -352,6 +361,7 @@ def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", h
         info.weights,
         info.weight_bytes / mib,
         _head_words(weights),
+        info.kv_dtype,
         info.kv_bytes / mib,
         info.max_model_len,
     )

@@ -24,12 +24,14 @@ class KVGeometry:
     block_tokens: int
     hidden_size: int
     kv_width: int  # num_kv_heads * head_dim
-    dtype_bytes: int
+    dtype_bytes: int  # of a value of the states
+    kv_value_bytes: int  # of a value of K or V; a page's bytes hold either
 
     @classmethod
     def of(cls, shape: ModelShape, bounds: tuple[int, ...], block_tokens: int) -> "KVGeometry":
         """The geometry for a model's shape, with `shape.dtype_bytes` a number."""
-        return cls(bounds, block_tokens, shape.hidden_size, shape.num_kv_heads * shape.head_dim, shape.dtype_bytes)
+        kv_width = shape.num_kv_heads * shape.head_dim
+        return cls(bounds, block_tokens, shape.hidden_size, kv_width, shape.dtype_bytes, shape.bytes_per_kv_value)
 
     @property
     def num_segments(self) -> int:
@@ -43,13 +45,13 @@ class KVGeometry:
 
     @property
     def page_elements(self) -> int:
-        """Elements of one page: [K or V, page_layers, block_tokens, kv_width]."""
+        """Values of K and V of one page: [K or V, page_layers, block_tokens, kv_width]."""
         return 2 * self.page_layers * self.block_tokens * self.kv_width
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.page_elements * self.dtype_bytes
+        return self.page_elements * self.kv_value_bytes
 
     def segment_layers(self, segment: int) -> int:
         """Number of layers of a segment."""
@@ -72,7 +74,18 @@ class KVGeometry:
     @property
     def state_pages(self) -> int:
         """Pages that hold one block's exit states [block_tokens, hidden_size] at one exit."""
-        return math.ceil(self.block_tokens * self.hidden_size / self.page_elements)
+        return math.ceil(self.block_tokens * self.hidden_size * self.dtype_bytes / self.page_bytes)
+
+    @cached_property
+    def state_piece(self) -> int:
+        """Values of a state that are moved at a time: the most of which whole numbers make a state and a page, so that a
+        state may straddle pages."""
+        return math.gcd(self.hidden_size, self.page_bytes // self.dtype_bytes)
+
+    @property
+    def page_pieces(self) -> int:
+        """Pieces of states that one page holds."""
+        return self.page_bytes // self.dtype_bytes // self.state_piece
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that so many tokens take."""

@@ -165,6 +165,7 @@ class EngineInfo(Data, frozen=True):
     block_tokens: int = 0  # tokens of one block of K/V
     kv_blocks: int = 0  # blocks of all layers that fit into `kv_bytes`
     weights: str = ""  # format of the matrices in memory: a dtype, int8 or fp8; "": not told
+    kv_dtype: str = ""  # format of K/V in memory: a dtype or fp8; "": not told
     device: str = ""  # cpu or cuda:<index>; "": none, steps are simulated
     device_name: str = ""  # of the GPU
     kernels: str = ""  # what computes there, in words

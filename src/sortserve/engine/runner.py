@@ -80,13 +80,13 @@ class Runner:
             if run.part.prompt_logprobs is not None or run.part.sample is not None:
                 exits.setdefault(run.part.request_id, []).append(rows)
 
-    # ---- states: rows of `gcd(hidden, page)` elements, so that one may straddle pages
+    # ---- states
 
     def _state_rows(self, run: Run, exit: int) -> tuple[Tensor, int]:
         """Pool rows that hold the states of a run's tokens at `exit`, [tokens x rows per state], and the row's size."""
         size = self._geometry.block_tokens
-        piece = int(np.gcd(self._geometry.hidden_size, self._geometry.page_elements))
-        per_state, per_page = self._geometry.hidden_size // piece, self._geometry.page_elements // piece
+        piece, per_page = self._geometry.state_piece, self._geometry.page_pieces
+        per_state = self._geometry.hidden_size // piece
         positions = np.arange(run.span.start, run.span.stop)
         rows = np.empty((len(positions), per_state), np.int64)
         for block in np.unique(positions // size):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes of a decoder that its costs follow from. All counts, except `dtype_bytes` (bytes per value of
-    K/V and states) and `weight_bytes` (bytes per weight; None: as many)."""
+    states), `weight_bytes` (bytes per weight; None: as many) and `kv_value_bytes` (the same of K/V)."""
 
     num_layers: int
     hidden_size: int
@@ -23,11 +23,17 @@ class ModelShape:
     vocab_size: int
     dtype_bytes: int = 2
     weight_bytes: int | None = None
+    kv_value_bytes: int | None = None
 
     @property
     def bytes_per_weight(self) -> int:
         """Bytes of one weight of the layers and the head; scales of quantized ones, under 0.5 %, are left out."""
         return self.dtype_bytes if self.weight_bytes is None else self.weight_bytes
+
+    @property
+    def bytes_per_kv_value(self) -> int:
+        """Bytes of one value of K or V."""
+        return self.dtype_bytes if self.kv_value_bytes is None else self.kv_value_bytes
 
     @property
     def attention_parameters(self) -> int:
@@ -47,7 +53,7 @@ class ModelShape:
     @property
     def kv_bytes_per_token_layer(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        return 2 * self.num_kv_heads * self.head_dim * self.bytes_per_kv_value
 
 
 @dataclass(frozen=True, slots=True, order=True)

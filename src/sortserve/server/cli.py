@@ -191,6 +191,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="how weights are kept: auto as --dtype says, int8 at half the bytes, fp8 on a GPU; default: auto",
     )
     parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=("auto", "fp8"),
+        help="how K/V is kept: auto as --dtype says, fp8 (e4m3, on a GPU) at half the bytes; default: auto",
+    )
+    parser.add_argument(
         "--threads",
         type=positive,
         help="CPU threads; default: what PyTorch takes or the container has, 1 for small models",

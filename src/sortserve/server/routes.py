@@ -113,6 +113,7 @@ def model_routes(state: ServerState) -> APIRouter:
             data=await _submodels(state),
             compute=Compute(device=info.device, name=info.device_name, kernels=info.kernels),
             weights=info.weights,
+            kv_dtype=info.kv_dtype,
             step_predictions=await _step_predictions(state),
         )
 

@@ -89,6 +89,7 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         dtype=args.dtype,
         enforce_eager=args.enforce_eager,
         weights=args.weights,
+        kv_dtype=args.kv_dtype,
         max_model_len=args.max_model_len,
         kv_bytes=args.kv_memory,
         max_step_tokens=args.max_batch_tokens,

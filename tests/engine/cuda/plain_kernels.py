@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sortserve.kernels.gpu import backends
+
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -75,13 +77,23 @@ def rope_and_write(
 
     writing = slots >= 0
     flat, size = pool.view(-1, pool.shape[2]), pool.shape[1]
-    flat[slots[writing] + layer_in_page * size] = turn(key).flatten(1)[writing]
-    flat[slots[writing] + (page_layers + layer_in_page) * size] = value.flatten(1)[writing]
+    limit = 448.0 if pool.dtype == torch.float8_e4m3fn else torch.inf
+    for kept, first in ((turn(key), layer_in_page), (value, page_layers + layer_in_page)):
+        kept = kept.flatten(1)[writing].clamp(-limit, limit)
+        flat[slots[writing] + first * size] = kept.to(pool.dtype)
     return turn(query).masked_fill((positions < 0)[:, None, None], 0.0)
 
 
 def paged_attention(
-    query: Tensor, pool: Tensor, batch: Any, *, page_layers: int, layer_in_page: int, num_kv_heads: int, **_: Any
+    query: Tensor,
+    pool: Tensor,
+    batch: Any,
+    *,
+    page_layers: int,
+    layer_in_page: int,
+    num_kv_heads: int,
+    window: int | None,
+    **_: Any,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
     out = query.new_full((num_rows, num_heads * head_dim), torch.nan)
@@ -100,8 +112,10 @@ def paged_attention(
         stop = position + count
         pages = batch.tables[seat, : -(-stop // size)].long() * 2 * page_layers + layer_in_page
         shape = (-1, num_kv_heads, head_dim)
-        key, value = (pool[pages + at].reshape(shape)[:stop] for at in (0, page_layers))
+        key, value = (pool[pages + at].to(query.dtype).reshape(shape)[:stop] for at in (0, page_layers))
         seen = torch.arange(stop) <= position + torch.arange(count)[:, None]
+        if window is not None:
+            seen &= torch.arange(stop) > position + torch.arange(count)[:, None] - window
         attended = F.scaled_dot_product_attention(
             query[first : first + count].transpose(0, 1)[None],
             key.transpose(0, 1)[None],
@@ -127,7 +141,9 @@ def put_in_place(monkeypatch: pytest.MonkeyPatch, forward: ModuleType) -> None:
         linear,
         staircase_ffn,
         rope_and_write,
-        paged_attention,
         argmax,
     ):
         monkeypatch.setattr(forward, kernel.__name__, kernel)
+    monkeypatch.setattr(
+        backends, "paged_attention", paged_attention
+    )  # runners made from now on choose among the offers

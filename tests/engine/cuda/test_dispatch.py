@@ -65,6 +65,18 @@ def test_too_little_memory_is_told_with_figures(tmp_path: Any, monkeypatch: pyte
         start.kv_bytes(3 << 30)
 
 
+def test_fp8_needs_a_card_that_has_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny(tmp_path / "model", "llama", head_dim=16)
+    config = EngineConfig(tmp_path / "model", kv_dtype="fp8")
+    start = CudaStart(config, load_model_config(tmp_path / "model"), torch.device("cuda:0"), torch.bfloat16)
+    with_gpu(monkeypatch, (8, 9))
+    start.check()
+    with_gpu(monkeypatch, (8, 6))
+    with pytest.raises(StartupError, match="fp8 K/V needs compute capability") as refused:
+        start.check()
+    assert refused.value.param == "kv_dtype"
+
+
 @pytest.mark.parametrize(
     ("head_dim", "settings", "param"), [(16, {"block_tokens": 8}, "block_tokens"), (8, {}, "device")]
 )

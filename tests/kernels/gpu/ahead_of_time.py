@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -67,6 +68,9 @@ def _compile(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], archite
         if parameter.is_constexpr or value is None or isinstance(value, bool) or one:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]

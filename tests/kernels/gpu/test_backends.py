@@ -1,5 +1,6 @@
 """Which attention back end is chosen, and what is told of the others; the libraries themselves need a GPU."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from sortserve.kernels.gpu import backends
+from sortserve.kernels.gpu import flash_attention
 from sortserve.kernels.gpu.attention import paged_attention
-from sortserve.kernels.gpu.backends import OURS, Offer, fastest, layer_views, offers
+from sortserve.kernels.gpu.backends import OURS, Offer, by_rows, fastest, offers
+from sortserve.kernels.gpu.flash_attention import layer_views
 from tests.kernels.closeness import tolerance, worst_row_error
+from tests.kernels.gpu.flash_attention_model import with_cache
 from tests.kernels.gpu.paged_case import LAYER, PAGE_LAYERS, Case, decode
 
 SIZES: dict[str, Any] = {"page_layers": PAGE_LAYERS, "layer_in_page": LAYER, "num_kv_heads": 2}
@@ -82,43 +85,40 @@ def test_views_share_the_pool() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 9])
-def test_flash_attention_is_asked_for_the_same(window: int | None) -> None:
-    """Its documented arguments, answered by a model of it: lengths, a page table, views, a window of [left, right]."""
-
-    def with_cache(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        cache_seqlens: Tensor,
-        page_table: Tensor,
-        softmax_scale: float | None,
-        causal: bool,
-        window_size: tuple[int, int],
-        softcap: float,
-    ) -> Tensor:
-        assert causal
-        assert query.shape[1] == 1
-        assert page_table.dtype == cache_seqlens.dtype == torch.int32
-        scale = softmax_scale or query.shape[-1] ** -0.5
-        out = torch.zeros_like(query)
-        for row, length in enumerate(cache_seqlens.tolist()):
-            if length == 0:
-                continue
-            first = 0 if window_size == (-1, -1) else max(0, length - 1 - window_size[0])
-            keys, values = (pages[page_table[row].long()].flatten(0, 1)[first:length] for pages in (key, value))
-            group = query.shape[2] // keys.shape[1]
-            scores = torch.einsum("hd,chd->hc", query[row, 0], keys.repeat_interleave(group, 1)) * scale
-            if softcap:
-                scores = (scores / softcap).tanh() * softcap
-            out[row, 0] = torch.einsum("hc,chd->hd", scores.softmax(-1), values.repeat_interleave(group, 1))
-        return out
-
-    case = Case([*decode(40, 17), (-1, 0)], window=window)
-    call = backends._through(with_cache)
-    expected = case.expected(softcap=2.0)
+@pytest.mark.parametrize("tile", [pytest.param(1, id="decode"), pytest.param(4, id="chunk")])
+def test_flash_attention_is_asked_for_the_same(window: int | None, tile: int) -> None:
+    """Its documented arguments, answered by a model of it: lengths, a page table, views, a window of [left, right], and how
+    rows are cut where they are several."""
+    runs = [*decode(40, 17), (-1, 0)] if tile == 1 else [*decode(40), (3, 14), *decode(5)]
+    case = Case(runs, window=window, tile=tile)
+    if tile > 1:  # the case's last tile is unused
+        first, counts = case.batch.tile_first_row[:-1].clone(), case.batch.tile_rows[:-1].clone()
+        case.batch = dataclasses.replace(case.batch, tile_first_row=first, tile_rows=counts, whole=True)
+    call = flash_attention.on_our_pages(with_cache)
+    expected, allowed = case.expected(softcap=2.0), tolerance(torch.float32, roundings=6, terms=300)
     out = call(case.query, case.pool.tensor, case.batch, window=window, softcap=2.0, **SIZES)
-    assert worst_row_error(out[:2], expected[:2]) <= tolerance(torch.float32, roundings=6, terms=300)
-    assert (out[2] == 0).all()
-    chunk = Case([(3, 8)], tile=4)
+    padding = expected.abs().sum(1) == 0
+    assert worst_row_error(out[~padding], expected[~padding]) <= allowed
+    assert (out[padding] == 0).all()
+    longer = dataclasses.replace(case.batch, row_position=case.batch.row_position + (case.batch.row_position > 15))
+    case.pool.tensor.nan_to_num_(0.5)
+    out = call(case.query, case.pool.tensor, longer, window=window, softcap=2.0, **SIZES)
+    assert worst_row_error(out[~padding], expected[~padding]) > 4 * allowed
+
+
+def test_tiles_with_gaps_are_ours() -> None:
+    chunk = Case([(3, 8), (-1, 0)], tile=4)
+    call = flash_attention.on_our_pages(with_cache)
     assert torch.equal(call(chunk.query, chunk.pool.tensor, chunk.batch, **SIZES), chunk.run())
+
+
+def test_single_rows_and_chunks_may_go_different_ways() -> None:
+    def none(query: Tensor, pool: Tensor, batch: Any, **options: Any) -> Tensor:
+        raise RuntimeError("not this one")
+
+    single, chunk = Case(decode(5)), Case([(3, 8)], tile=4)
+    call = by_rows(paged_attention, none)
+    assert torch.equal(call(single.query, single.pool.tensor, single.batch, **SIZES), single.run())
+    with pytest.raises(RuntimeError, match="not this one"):
+        call(chunk.query, chunk.pool.tensor, chunk.batch, **SIZES)
+    assert by_rows(paged_attention, paged_attention) is paged_attention

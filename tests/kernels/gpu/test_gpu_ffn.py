@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from sortserve.kernels.gpu import ffn, product
+from sortserve.kernels.gpu import ffn, ffn_tma, product
 from sortserve.kernels.gpu.ffn import FfnScratch, GatedWeights, reference, staircase_ffn
 from tests.kernels.closeness import ROWS, Seeded, tolerance, worst_row_error
 from tests.kernels.gpu.guarded import Guarded
@@ -33,7 +33,9 @@ class Case:
         width: int = WIDTH,
         bias: bool = False,
         kind: str = "",
+        tma: bool = False,
     ) -> None:
+        self.tma = tma
         seeded = Seeded(rows + width)
         self.dtype, self.width, self.guards = dtype, width, list[Guarded]()
         widths = [*seeded.ints(0, width + 1, rows - 2), 0, width][:rows] if rows > 1 else [width - 3]
@@ -62,6 +64,7 @@ class Case:
         """With poisoned scratch and output; all margins must be what they were."""
         arguments: dict[str, Any] = dict(
             {
+                "tma": self.tma,
                 "x": self.x,
                 "weights": self.weights,
                 "widths": self.guarded(self.widths),
@@ -157,12 +160,21 @@ BUGS = (
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_tolerance_finds(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(7, torch.float16)
+def test_the_tolerance_finds(bug: str) -> None:
+    _find(bug, Case(7, torch.float16))
+
+
+@pytest.mark.parametrize("bug", ["one-wider", "one-narrower", "batch-widest", "gate-up-swapped", "no-residual"])
+def test_the_tolerance_finds_with_tma(bug: str) -> None:
+    _find(bug, Case(65, torch.float16, hidden=24, width=136, tma=True))
+
+
+def _find(bug: str, case: Case) -> None:
+    width = case.width
     expected, changed = case.expected(), dict[str, Any]()
     if bug in ("one-wider", "one-narrower"):
         step = 1 if bug == "one-wider" else -1
-        changed["widths"] = (case.widths + step).clamp(0, WIDTH).to(torch.int32)
+        changed["widths"] = (case.widths + step).clamp(0, width).to(torch.int32)
     elif bug == "batch-widest":
         changed["widths"] = torch.full_like(case.widths, int(case.widths.max()))
     elif bug == "no-activation-mask":  # the second kernel gets what a first one without a mask would leave
@@ -215,3 +227,63 @@ def test_refuses_narrow_weights_without_a_scale() -> None:
     case = Case(3, torch.float32, kind="int8")
     with pytest.raises(ValueError, match="no scale"):
         staircase_ffn(case.x, dataclasses.replace(case.weights, down_scale=None), case.widths)
+
+
+# ---- with tensor descriptors (ffn_tma.py): the same cases and the same bugs, from 65 rows on
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        pytest.param(65, {"bias": True}, id="65-bias"),
+        pytest.param(129, {}, id="129"),
+        pytest.param(300, {"hidden": 16, "width": 136}, id="300-persistent"),
+    ],
+)
+def test_tma(rows: int, options: dict[str, Any]) -> None:
+    case = Case(rows, torch.float32, tma=True, **options)
+    activation: ffn.Activation = "gelu_tanh" if options else "silu"
+    assert _kernels(case, activation) == ["gate_up_tma_kernel", "down_tma_kernel"]
+    assert worst_row_error(case.run(activation), case.expected(activation)) <= case.allowed()
+
+
+def test_tma_computes_what_the_other_kernels_do() -> None:
+    """The same tiles and order of sums: bit for bit."""
+    case = Case(70, torch.float16)
+    assert torch.equal(case.run(tma=True), case.run(tma=False))
+
+
+def test_tma_leaves_what_it_cannot_take_to_the_other_kernels() -> None:
+    """Narrow weights, rows that are no multiple of 16 bytes, few rows; and of a split reduction the half that is split."""
+    cases = [
+        Case(65, torch.float32, kind="int8", tma=True),
+        Case(65, torch.float32, width=201, tma=True),
+        Case(64, torch.float32, tma=True),
+    ]
+    for case in cases:
+        assert _kernels(case) == ["gate_up_kernel", "product_kernel"]
+        assert worst_row_error(case.run(), case.expected()) <= case.allowed()
+    split = Case(65, torch.float32, hidden=40, width=1104, tma=True)
+    assert _kernels(split) == ["gate_up_tma_kernel", "product_kernel", "add_parts_kernel"]
+    assert worst_row_error(split.run(), split.expected()) <= split.allowed()
+
+
+def _kernels(case: Case, activation: ffn.Activation = "silu") -> list[str]:
+    """Names of the kernels that a call starts, in order."""
+    started: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ffn_tma, ffn, product):
+            for name in dir(module):
+                if name.endswith("_kernel"):
+                    patch.setattr(module, name, _Noting(name, getattr(module, name), started))
+        case.run(activation)
+    return started
+
+
+class _Noting:
+    def __init__(self, name: str, kernel: Any, started: list[str]) -> None:
+        self._name, self._kernel, self._started = name, kernel, started
+
+    def __getitem__(self, grid: Any) -> Any:
+        self._started.append(self._name)
+        return self._kernel[grid]

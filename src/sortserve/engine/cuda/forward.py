@@ -15,7 +15,8 @@ from sortserve.engine.cuda.weights import DeviceLayer, DeviceWeights, Matrix
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable
-from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention
+from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows
+from sortserve.kernels.gpu.backends import AttentionCall
 from sortserve.kernels.gpu.ffn import staircase_ffn
 from sortserve.kernels.gpu.linear import linear
 from sortserve.kernels.gpu.norm import add_rms_norm, gather_norm, rms_norm
@@ -44,15 +45,18 @@ class Forward:
         pool: Tensor,
         tables: Tensor,  # [columns, seats, blocks]
         max_model_len: int,
+        attention: AttentionCall,
         scratch: AttentionScratch | None = None,
     ) -> None:
         self.weights = weights
         self.pool = pool
+        self._states = pool.view(-1).view(weights.embedding.dtype)  # the same memory, as states lie in it
         self._config = config
         self._geometry = geometry
         self._tables = tables
         self._max_context = max_model_len
         self._scratch = scratch
+        self._attention = attention
         cos, sin = rope_table(config.rope, config.shape.head_dim, max_model_len)
         self._cos, self._sin = cos.to(pool.device).contiguous(), sin.to(pool.device).contiguous()
         # whether some sub-model skips the layer's attention: only then can an output bias be in the way
@@ -91,7 +95,7 @@ class Forward:
         column, layer_in_page = divmod(layer, self._geometry.page_layers)
         query = self._queries(weights, hidden, column, layer_in_page, index["position"][segment, :rows], index)
         attends = index["attend"][layer, :rows]
-        attended = paged_attention(
+        attended = self._attention(
             query,
             self.pool,
             PagedRows(
@@ -102,6 +106,7 @@ class Forward:
                 index["tile_rows"][segment, :tiles],
                 self._max_context,
                 tile_rows,
+                whole=True,
             ),
             page_layers=self._geometry.page_layers,
             layer_in_page=layer_in_page,
@@ -164,14 +169,16 @@ class Forward:
     def load_states(self, count: int, pieces: int, buffers: StepBuffers) -> None:
         """Put `count` kept states, of so many pool pieces each, where rows that enter find them."""
         size = self._geometry.hidden_size // pieces
-        states = self.pool.view(-1, size).index_select(0, buffers.device["state_read"][: count * pieces])
+        states = self._states.view(-1, size).index_select(0, buffers.device["state_read"][: count * pieces])
         buffers.hidden[buffers.rows : buffers.rows + count] = states.view(count, -1)
 
     def store_states(self, count: int, pieces: int, buffers: StepBuffers) -> None:
         """Keep the states of `count` rows that left."""
         size = self._geometry.hidden_size // pieces
         states = buffers.exits.index_select(0, buffers.device["state_source"][:count])
-        self.pool.view(-1, size).index_copy_(0, buffers.device["state_write"][: count * pieces], states.view(-1, size))
+        self._states.view(-1, size).index_copy_(
+            0, buffers.device["state_write"][: count * pieces], states.view(-1, size)
+        )
 
 
 def _apply(x: Tensor, matrix: Matrix) -> Tensor:
@@ -179,6 +186,9 @@ def _apply(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def new_pool(geometry: KVGeometry, num_pages: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The pool of pages, zeros: [num_pages * 2 * page layers, block tokens, kv width]."""
-    rows = num_pages * 2 * geometry.page_layers
-    return torch.zeros(rows, geometry.block_tokens, geometry.kv_width, dtype=dtype, device=device)
+    """The pool of pages, zeros: [num_pages * 2 * page layers, block tokens, kv width], of the model's dtype or of fp8 with
+    a scale of 1 (what is beyond +-448 is cut off there), as the geometry says."""
+    kept = dtype if geometry.kv_value_bytes == dtype.itemsize else torch.float8_e4m3fn
+    assert kept.itemsize == geometry.kv_value_bytes, (kept, geometry)
+    memory = torch.zeros(num_pages * geometry.page_bytes, dtype=torch.uint8, device=device)
+    return memory.view(kept).view(-1, geometry.block_tokens, geometry.kv_width)

@@ -109,9 +109,7 @@ class RowLayout:
         # per segment [settings, layers]
         self._widths = [np.array([[width for width, _ in one] for one in known], np.int32) for known in by_segment]
         self._attends = [np.array([[on for _, on in one] for one in known], np.bool_) for known in by_segment]
-        piece = int(np.gcd(geometry.hidden_size, geometry.page_elements))
-        self.piece = piece  # elements of the pool that a state is moved in: one may straddle pages
-        self.state_pieces = geometry.hidden_size // piece
+        self.state_pieces = geometry.hidden_size // geometry.state_piece
 
     def fill(self, host: Host, capacity: int, rows: StepRows, tables: PageTables, tile_rows: int) -> StepCounts:
         """Write everything about `rows` into `host`, which holds padding. Attention tiles have up to `tile_rows` rows."""
@@ -195,7 +193,7 @@ class RowLayout:
 
     def _pieces(self, rows: StepRows, which: Longs, exit_of: Callable[[int], int]) -> Longs:
         """Pieces of the pool that hold the states of these rows, [rows x pieces of a state]."""
-        size, per_page = self._geometry.block_tokens, self._geometry.page_elements // self.piece
+        size, per_page = self._geometry.block_tokens, self._geometry.page_pieces
         places = []
         for row in which.tolist():
             block, within = divmod(int(rows.position[row]), size)

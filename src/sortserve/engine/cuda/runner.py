@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.config import ModelConfig
+from sortserve.engine.cuda.attention import choose_attention
 from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.forward import Forward, HeadOutput, new_pool
 from sortserve.engine.cuda.graphs import Replay, buckets_for
@@ -102,9 +103,11 @@ class CudaRunner:
         )
         pool = new_pool(geometry, num_pages, self._dtype, self._device)
         tables = self._tables.device
+        self.attention = choose_attention(config, geometry, pool, self._dtype, options.max_running, max_model_len)
+        call = self.attention.call
         # the scratch is for padded calls; a step of other sizes takes what it needs
-        self._eager = Forward(config, weights, geometry, settings, pool, tables, max_model_len)
-        padded = Forward(config, weights, geometry, settings, pool, tables, max_model_len, scratch)
+        self._eager = Forward(config, weights, geometry, settings, pool, tables, max_model_len, call)
+        padded = Forward(config, weights, geometry, settings, pool, tables, max_model_len, call, scratch)
         self._tile_rows = rows_per_tile(shape.num_heads, shape.num_kv_heads, shape.head_dim)
         self._sampler = DeviceSampler(shape.vocab_size)
         self._host_sampler = Sampler(shape.vocab_size)

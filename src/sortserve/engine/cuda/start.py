@@ -49,6 +49,12 @@ class CudaStart:
                 f"heads of {head_dim} elements; the GPU kernels take multiples of 8 from 16 to 256; use --device cpu",
                 param="device",
             )
+        if self.config.kv_dtype == "fp8":
+            self._check_fp8("K/V", "kv_dtype", "start without --kv-dtype fp8")
+
+    def _check_fp8(self, what: str, param: str, way_out: str) -> None:
+        if torch.cuda.get_device_capability(self.device) < (8, 9):
+            raise StartupError(f"fp8 {what} needs compute capability 8.9 or newer; {way_out}", param=param)
 
     def kv_bytes(self, weight_bytes: int) -> int:
         """Bytes for K/V: a share of the memory that is free now less the weights to come. Raises MemoryBudgetError."""
@@ -63,8 +69,8 @@ class CudaStart:
         return int(left * KV_SHARE)
 
     def _kind(self) -> QuantKind | None:
-        if self.config.weights == "fp8" and torch.cuda.get_device_capability(self.device) < (8, 9):
-            raise StartupError("fp8 weights need compute capability 8.9 or newer; use --weights int8", param="weights")
+        if self.config.weights == "fp8":
+            self._check_fp8("weights", "weights", "use --weights int8")
         return None if self.config.weights == "auto" else cast(QuantKind, self.config.weights)
 
     def _working_bytes(self) -> int:

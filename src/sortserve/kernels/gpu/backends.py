@@ -1,16 +1,13 @@
 """Attention by other libraries behind the call of `paged_attention`, chosen once at start by measurement.
 
-The pool interleaves K and V of g layers in a page. For one layer both are views with strides, [pages, block_tokens,
-kv_heads, head_dim], so what takes a page stride of its own needs no copy:
-
-FlashAttention 3  `flash_attn_with_kvcache` reads such views, pages of any size, lengths from the device: offered for
-                  decode rows; chunks stay with our kernels.
+FlashAttention 3  reads our pages in place, lengths from the device (flash_attention.py): offered.
 FlashAttention 2  wants pages of a multiple of 256 tokens: never offered.
-FlashInfer        reads such views too, but its `plan` reads all lengths on the host before every step and cannot be
+FlashInfer        reads them too, but its `plan` reads all lengths on the host before every step and cannot be
                   captured: not offered for serving, compared in the benchmarks.
+
+None of them is needed: ours is always among the offers, and what raises or disagrees is out.
 """
 
-import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sortserve.kernels.gpu import flash_attention
 from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention
 
 OURS = "triton"
@@ -68,17 +66,20 @@ class Choice:
     reasons: dict[str, str]  # why the others are not it
 
 
-def layer_views(pool: Tensor, page_layers: int, layer_in_page: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
-    """K and V of one layer as views [pages, block_tokens, kv_heads, head_dim] of the pool."""
-    pages = pool.view(-1, 2, page_layers, pool.shape[1], num_kv_heads, pool.shape[2] // num_kv_heads)
-    return pages[:, 0, layer_in_page], pages[:, 1, layer_in_page]
+def by_rows(decode: AttentionCall, chunks: AttentionCall) -> AttentionCall:
+    """One call for both: `decode` where every row is a tile of its own, else `chunks`."""
+
+    def attention(query: Tensor, pool: Tensor, batch: PagedRows, **options: Any) -> Tensor:
+        return (decode if batch.max_tile_rows == 1 else chunks)(query, pool, batch, **options)
+
+    return decode if decode is chunks else attention
 
 
 def offers(device: torch.device, head_dim: int, pool_dtype: torch.dtype) -> tuple[Offer, ...]:
     """Ours first, then the libraries, each with the reason if it does not apply."""
     return (
         Offer(OURS, paged_attention),
-        _flash_attention_3(device, head_dim, pool_dtype),
+        _flash_attention(device, head_dim, pool_dtype),
         _refused("flash_attn", "FlashAttention 2 needs pages of a multiple of 256 tokens, ours have 16 to 64"),
         _refused(
             "flashinfer", "its plan() reads all lengths on the host before every step, outside of a captured graph"
@@ -154,71 +155,9 @@ def _refused(module: str, reason: str) -> Offer:
     return Offer(module, None, reason if installed else f"{module} is not installed")
 
 
-def _flash_attention_3(device: torch.device, head_dim: int, pool_dtype: torch.dtype) -> Offer:
-    name = "flash_attn_interface"  # the module of FlashAttention 3
-    if importlib.util.find_spec(name) is None:
-        return Offer(name, None, f"{name} (FlashAttention 3) is not installed")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return Offer(name, None, "FlashAttention 3 is for Hopper GPUs")
-    if pool_dtype not in (torch.bfloat16, torch.float16):
-        return Offer(name, None, f"{pool_dtype} K/V would need queries of that type there")
-    if head_dim % 8 or head_dim > 256:
-        return Offer(name, None, f"a head size of {head_dim}")
+def _flash_attention(device: torch.device, head_dim: int, pool_dtype: torch.dtype) -> Offer:
     try:
-        library = importlib.import_module(name)
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return Offer(name, None, f"cannot be imported: {error}")
-    return Offer(name, _through(library.flash_attn_with_kvcache))
-
-
-def _through(with_cache: Callable[..., Tensor]) -> AttentionCall:
-    """FlashAttention 3's call as ours; batches with chunks go to our kernels."""
-
-    def attention(
-        query: Tensor,
-        pool: Tensor,
-        batch: PagedRows,
-        *,
-        page_layers: int,
-        layer_in_page: int,
-        num_kv_heads: int,
-        window: int | None = None,
-        softcap: float | None = None,
-        scale: float | None = None,
-        key_scale: float | None = None,
-        value_scale: float | None = None,
-        scratch: AttentionScratch | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if batch.max_tile_rows > 1 or key_scale is not None or value_scale is not None:
-            return paged_attention(
-                query,
-                pool,
-                batch,
-                page_layers=page_layers,
-                layer_in_page=layer_in_page,
-                num_kv_heads=num_kv_heads,
-                window=window,
-                softcap=softcap,
-                scale=scale,
-                key_scale=key_scale,
-                value_scale=value_scale,
-                scratch=scratch,
-                out=out,
-            )
-        key, value = layer_views(pool, page_layers, layer_in_page, num_kv_heads)
-        result = with_cache(
-            query[:, None],  # one row of each sequence
-            key,
-            value,
-            cache_seqlens=batch.row_position + 1,  # 0 for a padding row: its result is zeros
-            page_table=batch.tables.index_select(0, batch.row_sequence),
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
-            softcap=softcap or 0.0,
-        )
-        flat = result.view(query.shape[0], -1)
-        return flat if out is None else out.copy_(flat)
-
-    return attention
+        call = flash_attention.on_our_pages(flash_attention.library(device, head_dim, pool_dtype))
+    except ValueError as error:
+        return Offer(flash_attention.MODULE, None, str(error))
+    return Offer(flash_attention.MODULE, call)

@@ -9,6 +9,8 @@ Sorted neurons make each width a prefix: gate and up keep rows [0, w), down keep
    is split and a third kernel adds the parts in order; gate and up get narrow tiles instead, which fill the card without
    a sum.
 
+From 65 rows on, where the card has a tensor memory accelerator, the kernels of ffn_tma.py do the same.
+
 Widths are a device tensor, so one captured graph serves every mix of widths. Rows are sorted deepest and widest first,
 so a tile's rows are alike and little is masked.
 
@@ -16,7 +18,7 @@ Bytes at width w: 3 * hidden * w of weights, once per tile of rows. FLOPs: 6 * r
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,48 +27,24 @@ import triton.language as tl
 from torch import Tensor
 
 from sortserve.kernels.gpu.checks import expect, output
-from sortserve.kernels.gpu.product import COVER, Tiles, card_of, check_weight, plan, product, stages_for, tile_rows
+from sortserve.kernels.gpu.ffn_tma import down_by_tma, fits_tma, gate_up_by_tma, has_tma
+from sortserve.kernels.gpu.gated import Activation, GatedWeights, activate
+from sortserve.kernels.gpu.product import (
+    COVER,
+    Tiles,
+    card_of,
+    check_weight,
+    plan,
+    product,
+    programs_for,
+    stages_for,
+    tile_rows,
+)
 
-Activation = Literal["silu", "gelu_tanh"]
-PERSISTENT_ROWS = 256
-"""From here on a fixed number of programs walk the tiles."""
 GROUP_ROWS = 16
 """Row tiles that are walked for all neurons before the next ones, so that x and the weights in use fit the L2 cache."""
 
-
-@dataclass(frozen=True, slots=True)
-class GatedWeights:
-    """One layer's FFN. Matrices in the model's dtype, or int8 / float8_e4m3fn with float32 scales per output channel.
-
-    The scales of `down` are over its full reduction, so they are the same at every width.
-    """
-
-    gate: Tensor  # [width, hidden]
-    up: Tensor  # [width, hidden]
-    down: Tensor  # [hidden, width]
-    gate_scale: Tensor | None = None  # [width]
-    up_scale: Tensor | None = None  # [width]
-    down_scale: Tensor | None = None  # [hidden]
-    gate_bias: Tensor | None = None  # [width]
-    up_bias: Tensor | None = None  # [width]
-    down_bias: Tensor | None = None  # [hidden]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weights, scales and biases."""
-        return sum(getattr(self, name).nbytes for name in self.__slots__ if getattr(self, name) is not None)
-
-
-@triton.jit
-def _activate(
-    gate: "Any",
-    up: "Any",
-    GELU: tl.constexpr,
-) -> "Any":
-    if GELU:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(2 * inner) * up  # 0.5 (1 + tanh z) = sigmoid(2 z)
-    return gate * tl.sigmoid(gate) * up
+__all__ = ["Activation", "FfnScratch", "GatedWeights", "reference", "staircase_ffn"]
 
 
 @triton.jit
@@ -122,7 +100,7 @@ def _gate_up_tile(
             if HAS_BIAS:
                 gate += tl.load(gate_bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
                 up += tl.load(up_bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-        inner = tl.where(cols[None, :] < widths[:, None], _activate(gate, up, GELU), 0.0)
+        inner = tl.where(cols[None, :] < widths[:, None], activate(gate, up, GELU), 0.0)
         places = rows.to(tl.int64)[:, None] * width + cols[None, :]
         ok = row_ok[:, None] & (cols < width)[None, :]
         tl.store(inner_ptr + places, inner.to(inner_ptr.dtype.element_ty), mask=ok)
@@ -205,11 +183,13 @@ def staircase_ffn(
     activation: Activation = "silu",
     scratch: FfnScratch | None = None,
     out: Tensor | None = None,
+    tma: bool | None = None,
 ) -> Tensor:
     """x [rows, hidden], widths int32 [rows] on the device -> [rows, hidden]; a row of width 0 is its residual (and the
     down projection's bias is left out there, since its FFN does not exist). Raises ValueError.
 
-    `out` may be `residual`; `scratch` is overwritten, and comes from PyTorch's allocator where it is not given.
+    `out` may be `residual`; `scratch` is overwritten, and comes from PyTorch's allocator where it is not given. `tma`: with
+    tensor descriptors, where sizes and formats allow; None: where the card has them.
     """
     rows, (width, hidden) = x.shape[0], weights.gate.shape
     _check(x, weights, widths, residual, activation)
@@ -220,19 +200,30 @@ def staircase_ffn(
     if rows == 0:
         return output("out", out, (rows, hidden), x)
     tiles = gate_up_tiles(rows, x, weights.gate)
+    by_tma = (has_tma(x.device) if tma is None else tma) and rows > 64 and fits_tma(x, inner, weights)
+    if by_tma:
+        gate_up_by_tma(x, weights, widths, activation, inner, tiles)
+    else:
+        _gate_up(x, weights, widths, activation, inner, tiles)
+    down_tiles, splits = plan(rows, x, weights.down)
+    if by_tma and splits == 1:
+        return down_by_tma(inner, weights, widths, residual, output("out", out, (rows, hidden), x), down_tiles)
+    parts = None if scratch is None else scratch.parts
+    return product(inner, weights.down, weights.down_scale, weights.down_bias, residual, widths, out, parts)
+
+
+def _gate_up(
+    x: Tensor, weights: GatedWeights, widths: Tensor, activation: Activation, inner: Tensor, tiles: Tiles
+) -> None:
+    rows, (width, hidden) = x.shape[0], weights.gate.shape
     row_tiles, col_tiles = triton.cdiv(rows, tiles.rows), triton.cdiv(width, tiles.out)
-    programs = row_tiles * col_tiles
-    if rows > PERSISTENT_ROWS:
-        programs = min(programs, card_of(x.device).processors)
-    gate_up_kernel[(programs,)](
+    gate_up_kernel[(programs_for(rows, row_tiles * col_tiles, x.device),)](
         x, weights.gate, weights.up, weights.gate_scale, weights.up_scale, weights.gate_bias, weights.up_bias,
         widths, inner, rows, hidden, width, row_tiles, col_tiles,
         weights.gate_scale is not None, weights.gate_bias is not None, activation == "gelu_tanh",
         COVER, GROUP_ROWS, tiles.rows, tiles.out, tiles.inner,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    parts = None if scratch is None else scratch.parts
-    return product(inner, weights.down, weights.down_scale, weights.down_bias, residual, widths, out, parts)
 
 
 def _check(x: Tensor, weights: GatedWeights, widths: Tensor, residual: Tensor | None, activation: str) -> None:

@@ -30,6 +30,7 @@ class PagedRows:
     tile_rows: Tensor  # int32 [tiles], 0: unused
     max_context: int  # tokens, an upper bound of row_position + 1 that sizes the grid
     max_tile_rows: int = 1  # upper bound of `tile_rows`; 1: each row is a tile and the tile arrays are not read
+    whole: bool = False  # the tiles are in order, none unused, and hold all rows; those of padding nothing else
 
 
 @dataclass(frozen=True, slots=True)

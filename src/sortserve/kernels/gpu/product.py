@@ -30,6 +30,8 @@ WEIGHT_DTYPES = (torch.int8, torch.float8_e4m3fn)
 """Formats beside the model's dtype; they need a scale."""
 COVER = 128
 """Steps of a reduction with limits divide this."""
+PERSISTENT_ROWS = 256
+"""From here on a fixed number of programs walk the tiles."""
 SHARED_BYTES = 112 << 10
 """Shared memory for the loads in flight of a tile of few rows: two fit a Hopper multiprocessor."""
 
@@ -88,6 +90,11 @@ def splits_for(num_tiles: int, k: int, inner: int, processors: int) -> int:
     return max(1, min(wanted, k // (4 * inner), 16))
 
 
+def programs_for(num_rows: int, num_tiles: int, device: torch.device) -> int:
+    """As many programs as tiles for few rows; for many one for each multiprocessor, which walk them."""
+    return num_tiles if num_rows <= PERSISTENT_ROWS else min(num_tiles, card_of(device).processors)
+
+
 def plan(rows: int, x: Tensor, weight: Tensor) -> tuple[Tiles, int]:
     """Tiles and parts of one product of `rows` rows; neither depends on limits, which only the device knows."""
     tiles, (n, k) = tiles_for(rows, x, weight), weight.shape
@@ -96,7 +103,7 @@ def plan(rows: int, x: Tensor, weight: Tensor) -> tuple[Tiles, int]:
 
 
 @triton.jit
-def _reach(
+def reach(
     limits_ptr: "Any",
     row_tile: "Any",
     num_rows: "Any",
@@ -123,7 +130,7 @@ def _per_part(
 
 
 @triton.jit
-def _finish(
+def finish(
     acc: "Any",
     row_limits: "Any",
     scale_ptr: "Any",
@@ -179,7 +186,7 @@ def product_kernel(
     rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, col_ok = rows < num_rows, cols < n
-    begin, end = 0, _reach(limits_ptr, row_tile, num_rows, k, HAS_LIMITS, BLOCK_R)
+    begin, end = 0, reach(limits_ptr, row_tile, num_rows, k, HAS_LIMITS, BLOCK_R)
     if SPLIT:
         size = _per_part(end, splits, BLOCK_K)
         begin = part * size
@@ -202,7 +209,7 @@ def product_kernel(
         row_limits = rows
         if HAS_LIMITS:
             row_limits = tl.load(limits_ptr + rows, mask=row_ok, other=0)
-        acc = _finish(
+        acc = finish(
             acc, row_limits, scale_ptr, bias_ptr, residual_ptr, places, cols, ok, col_ok,
             HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, HAS_LIMITS,
         )  # fmt: skip
@@ -233,7 +240,7 @@ def add_parts_kernel(
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = cols < n
-    end = _reach(limits_ptr, row // BLOCK_R, num_rows, k, HAS_LIMITS, BLOCK_R)
+    end = reach(limits_ptr, row // BLOCK_R, num_rows, k, HAS_LIMITS, BLOCK_R)
     used = tl.cdiv(end, tl.maximum(_per_part(end, splits, BLOCK_K), 1))
     acc = tl.zeros((1, BLOCK), tl.float32)
     places = row.to(tl.int64) * n + cols[None, :]
@@ -242,7 +249,7 @@ def add_parts_kernel(
     row_limits = row + tl.zeros((1,), tl.int32)
     if HAS_LIMITS:
         row_limits = tl.load(limits_ptr + row_limits)
-    acc = _finish(
+    acc = finish(
         acc, row_limits, scale_ptr, bias_ptr, residual_ptr, places, cols, ok[None, :], ok,
         HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, HAS_LIMITS,
     )  # fmt: skip
