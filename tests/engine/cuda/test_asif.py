@@ -17,6 +17,7 @@ from sortserve.engine.cuda.rows import RowLayout, StepRows
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.tables import Longs, PageTables
 from sortserve.engine.plan import Ints
+from sortserve.kernels.products import Products
 from tests.engine.asif import random_run
 from tests.engine.cuda import plain_kernels
 from tests.engine.cuda.harness import EAGER, PADDED, CudaHarness, make_model
@@ -51,7 +52,11 @@ def run_one(
 ) -> Counter[str]:
     rng = random.Random(seed)
     harness = CudaHarness(
-        folder, num_pages=rng.choice([30, 80]), max_step_tokens=rng.choice([3, 7, 20]), options=options, int8=int8
+        folder,
+        num_pages=rng.choice([30, 80]),
+        max_step_tokens=rng.choice([3, 7, 20]),
+        options=options,
+        products=Products(int8),
     )
     random_run(harness, rng, num_actions=num_actions)
     return harness.seen
