@@ -1,5 +1,5 @@
-"""Decode throughput with int8 weights against bfloat16, both with our own products, and against oneDNN's bfloat16 products, at
-batch 1, 8 and 32, step by step in turn in one process."""
+"""Decode throughput with int8 weights against bfloat16, both with our own products, and against oneDNN's bfloat16 products,
+at batch 1, 8 and 32, step by step in turn in one process."""
 
 from pathlib import Path
 
