@@ -97,9 +97,9 @@ def _weight_places(driver: Driver) -> dict[str, tuple[int, int]]:
     weights = runner._model.weights
     places = {"embedding": (weights.embedding.data_ptr(), weights.embedding.nbytes)}
     for number, layer in enumerate(weights.layers):
-        for part, linear in enumerate(layer.linears):
-            # a packed tensor has no address; its identity stands for it
-            places[f"{number}.{part}"] = (id(linear.weight), linear.nbytes)
+        for part, tensor in enumerate(layer.tensors):
+            # what oneDNN packed has no address; its identity stands for it
+            places[f"{number}.{part}"] = (id(tensor), tensor.nbytes)
     return places
 
 

@@ -31,6 +31,7 @@ from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
 from sortserve.engine.submodel import SubModel
 from sortserve.engine.weights import load_weights
+from sortserve.kernels.products import Products
 from tests.engine.small import WantedPolicy
 from tests.engine.tiny_models import make_tiny
 
@@ -132,7 +133,7 @@ class Harness:
     ended: Counter[str] = field(default_factory=Counter)
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
-    int8: bool = False  # weights of the engine and of the oracle
+    products: Products = field(default_factory=Products)  # of the engine; the oracle quantizes where they do
     fp8_kv: bool = False  # K/V of the engine and of the oracle
     dtype: torch.dtype = torch.float32  # of the engine's weights and states
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
@@ -158,7 +159,7 @@ class Harness:
             ask_every=1,
         )
         self.policy.requests = self.scheduler.requests
-        self.oracle = Oracle(self.folder, self.config, self.int8, self.fp8_kv)
+        self.oracle = Oracle(self.folder, self.config, self.products.int8, self.fp8_kv)
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
@@ -168,7 +169,7 @@ class Harness:
     def make_runner(self) -> StepRunner:
         """The CPU's runner, which tells `note_sampled` before it samples."""
         source = Checkpoint.open(self.folder, self.config)
-        weights = load_weights(source, self.config, self.ladder, self.dtype, int8=self.int8)
+        weights = load_weights(source, self.config, self.ladder, self.dtype, products=self.products)
         runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
         sample = runner._sample
 

@@ -4,6 +4,7 @@ equal those of an independent model that runs each token with its recorded width
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from sortserve.engine.sequence_kv import SequenceKV
 from sortserve.kernels import ffn as ffn_module
 from sortserve.kernels.ffn import BlockRows, FfnRows
 from sortserve.kernels.linear_int8 import is_exact
+from sortserve.kernels.products import choose_products
 from tests.engine.asif import Harness, Oracle, random_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,13 +47,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("asif") / "model"
 
 
-@pytest.mark.skipif(not is_exact(), reason="no exact int8 products here")
-def test_int8_weights_are_as_if(folder: Path) -> None:
+@pytest.mark.parametrize("compile", [True, False], ids=["native", "onednn"])
+def test_int8_weights_are_as_if(folder: Path, compile: bool) -> None:
     """As if the de-quantized weights ran in float32, at every width. Against the weights as they were, it must fail."""
+    products = choose_products(torch.float32, int8=True, compile=compile)
+    if products.native is None and (compile or not is_exact()):
+        pytest.skip(f"no exact int8 products here: {products.reason}")
     for seed in range(3):
         rng = random.Random(seed)
-        random_run(Harness(folder, num_pages=140, int8=True), rng, num_actions=60)
-    harness = Harness(folder, num_pages=140, int8=True)
+        random_run(Harness(folder, num_pages=140, products=products), rng, num_actions=60)
+    harness = Harness(folder, num_pages=140, products=products)
     harness.oracle = Oracle(folder, harness.config)
     with pytest.raises(AssertionError, match="relative error"):
         random_run(harness, random.Random(0), num_actions=60)
@@ -191,7 +196,7 @@ def _missing_width_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def planted(widths, boundaries, dtype) -> FfnRows:  # type: ignore[no-untyped-def]
         rows = plan_rows(widths, boundaries, dtype)
-        return FfnRows(rows.num_rows, tuple(BlockRows(block.first, block.index) for block in rows.blocks))
+        return replace(rows, blocks=tuple(BlockRows(block.first, block.index) for block in rows.blocks))
 
     monkeypatch.setattr(batch_module, "plan_rows", planted)
 

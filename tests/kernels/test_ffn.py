@@ -144,9 +144,9 @@ def test_the_tolerance_finds(dtype: torch.dtype, bug: str) -> None:
         plan = plan_rows([width + step for width in widths], case.boundaries, dtype)
     elif bug == "no-mask":
         blocks = [dataclasses.replace(block, mask=None) for block in plan.blocks]
-        plan = FfnRows(plan.num_rows, tuple(blocks))
+        plan = dataclasses.replace(plan, blocks=tuple(blocks))
     elif bug == "other-row":
         plan = plan_rows(widths[1:] + widths[:1], case.boundaries, dtype)
     else:
-        plan = FfnRows(plan.num_rows, plan.blocks[:-1])
+        plan = dataclasses.replace(plan, blocks=plan.blocks[:-1])
     assert worst_row_error(case.run(plan), expected) > 2 * allowed(dtype)

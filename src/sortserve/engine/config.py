@@ -118,6 +118,7 @@ class EngineConfig:
         None  # a device of simulator/hardware.py whose step times are waited for; None: the model runs
     )
     enforce_eager: bool = False  # on a GPU: launch every kernel by itself instead of replaying CUDA graphs
+    compile_kernels: bool = True  # on the CPU: products of our own in C++, where a compiler is; else oneDNN's
     vllm_args: tuple[str, ...] = ()  # name=value each, engine arguments of vLLM, for `--backend vllm`
     warmup: bool = True  # measure the cost model before the first request
     profile_cache: bool = True  # keep what was measured for the next start on this machine, in the user's cache folder

@@ -40,6 +40,7 @@ from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 from sortserve.kernels.dispatch import Dispatch, choose
 from sortserve.kernels.linear_int8 import is_exact
+from sortserve.kernels.products import Products, choose_products
 
 if TYPE_CHECKING:
     from sortserve.engine.cuda.start import CudaStart
@@ -72,7 +73,7 @@ class Engine:
         """Load, check that memory suffices, and measure step times. Raises StartupError with what to change."""
         began = time.monotonic()
         model_config = load_model_config(config.model_folder)
-        config, dtype, dispatch = _resolve(config, model_config)
+        config, dtype, dispatch, products = _resolve(config, model_config)
         shape = replace(
             model_config.shape,
             dtype_bytes=DTYPE_BYTES[config.dtype],
@@ -99,7 +100,7 @@ class Engine:
                     ladder,
                     dtype,
                     sort_ffn=not has_ladder,
-                    int8=config.weights == "int8",
+                    products=products,
                     progress=progress,
                 )
             else:
@@ -263,9 +264,9 @@ class Engine:
         return cost
 
 
-def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype, Dispatch]:
-    """Resolve "auto" once: the device, CPU threads, and bfloat16 on a GPU or where oneDNN has it (float32 checkpoints stay
-    float32)."""
+def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype, Dispatch, Products]:
+    """Resolve "auto" once: the device, CPU threads, bfloat16 on a GPU or where oneDNN has it (float32 checkpoints stay
+    float32), and the CPU's products."""
     try:
         dispatch = choose("cpu" if config.simulates is not None else config.device)
     except ValueError as error:
@@ -280,12 +281,18 @@ def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, to
     if name == "auto":
         fast = dispatch.is_cuda or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         name = "bfloat16" if model.dtype != "float32" and fast else "float32"
-    if not dispatch.is_cuda:
+    dtype: torch.dtype = getattr(torch, name)
+    products = Products()
+    if not dispatch.is_cuda and config.simulates is None:
         _check_formats(config)
+        products = choose_products(dtype, int8=config.weights == "int8", compile=config.compile_kernels)
+        if products.reason:
+            logger.info("%s multiplies, more slowly than products of our own: %s", products.name, products.reason)
+        dispatch = replace(dispatch, kernels=products.name)
     resolved = replace(
         config, device=dispatch.device, dtype=name, served_name=config.model_name, num_threads=num_threads
     )
-    return resolved, getattr(torch, name), dispatch
+    return resolved, dtype, dispatch, products
 
 
 def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "CudaStart":
@@ -299,8 +306,6 @@ def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "Cuda
 
 def _check_formats(config: EngineConfig) -> None:
     """Raise StartupError for a format of weights or K/V that this processor does not multiply."""
-    if config.simulates is not None:
-        return
     if config.kv_dtype == "fp8":
         raise StartupError("fp8 K/V needs a CUDA GPU; start without --kv-dtype fp8 on the CPU", param="kv_dtype")
     if config.weights == "fp8":

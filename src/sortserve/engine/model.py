@@ -71,7 +71,7 @@ class Model:
                     hidden = hidden + weights.output(attended) * batch.choose(attending, last is not None, hidden.dtype)
             widths = tuple(settings[offset][0] for settings in by_id)
             ffn_rows = self._builder.ffn_rows(batch, widths, weights.ffn.boundaries, last is not None)
-            if ffn_rows.blocks:
+            if ffn_rows.widest:
                 hidden = weights.ffn.add_to(hidden, weights.post_norm(hidden), ffn_rows)
         return hidden
 

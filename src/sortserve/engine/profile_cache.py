@@ -9,14 +9,14 @@ from pathlib import Path
 
 from sortserve.engine.cost import CostTable
 from sortserve.engine.cost_file import read_cost, write_cost
+from sortserve.kernels import compiling
 
 logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/sortserve/profiles`, in `~/.cache` if that is not set. Raises RuntimeError without a home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sortserve" / "profiles"
+    return compiling.cache_folder() / "profiles"
 
 
 def fitted(

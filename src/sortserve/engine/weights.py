@@ -10,11 +10,10 @@ from torch import Tensor
 from sortserve.engine.checkpoint import LayerNames, WeightSource
 from sortserve.engine.config import ModelConfig
 from sortserve.engine.ladder import Ladder
-from sortserve.kernels.ffn import StaircaseFfn
-from sortserve.kernels.linear import Linear
-from sortserve.kernels.linear_int8 import Int8Linear
+from sortserve.kernels.ffn import GatedFfn
+from sortserve.kernels.linear import Product
 from sortserve.kernels.norm import RmsNorm
-from sortserve.kernels.quantization import quantize
+from sortserve.kernels.products import Products
 from sortserve.kernels.rope import pair_rows
 
 Progress = Callable[[int, int], None]
@@ -26,22 +25,22 @@ class LayerWeights:
     """One decoder layer. `query_norm` and `key_norm` (over head_dim) are None but for Qwen3."""
 
     input_norm: RmsNorm
-    qkv: Linear  # hidden -> Q and K of all heads in rotary pairs, then V: one call instead of two saves 50 us a layer
-    output: Linear
+    qkv: Product  # hidden -> Q and K of all heads in rotary pairs, then V: one call instead of two saves 50 us a layer
+    output: Product
     post_norm: RmsNorm
-    ffn: StaircaseFfn
+    ffn: GatedFfn
     query_norm: RmsNorm | None
     key_norm: RmsNorm | None
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """All weight matrices."""
-        return (self.qkv, self.output, *self.ffn.linears)
+        return (*self.qkv.tensors, *self.output.tensors, *self.ffn.tensors)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights, norms left out."""
-        return sum(linear.nbytes for linear in self.linears)
+        return self.qkv.nbytes + self.output.nbytes + self.ffn.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class ModelWeights:
     embedding: Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     final_norm: RmsNorm
-    head: Linear
+    head: Product
     head_is_embedding: bool  # the head reads the embedding's own memory
 
     @property
@@ -73,42 +72,41 @@ def load_weights(
     dtype: torch.dtype,
     *,
     sort_ffn: bool = False,
-    int8: bool = False,
+    products: Products | None = None,
     progress: Progress | None = None,
 ) -> ModelWeights:
     """Read and pack every tensor once; at any time at most one layer (or the embedding) exists twice.
 
     `sort_ffn` puts each FFN's neurons in order of importance (for a checkpoint without a ladder), which leaves the full
     model's outputs as they are. A tied head gets a packed copy beside the embedding only where that is measured to pay.
-    `int8`: matrices are quantized as they are read, the head too (which then is a copy); embedding, norms and biases stay
-    in `dtype`.
+    `products` makes the matrices, by default as they are. Int8 ones are quantized as they are read, the head too (which then
+    is a copy); embedding, norms and biases stay in `dtype`.
     """
     names = source.names
     # the biggest tensors first: their packing's second copy then is not on top of the layers
-    head = None if config.tie_embeddings else _linear(source.read(names.lm_head, dtype), None, int8)
+    products = products or Products()
+    head = None if config.tie_embeddings else products.linear(source.read(names.lm_head, dtype))
     embedding = source.read(names.embed, dtype)
     if head is None:
-        head = _linear(embedding, None, int8) if int8 else _tied_head(embedding)
+        head = products.linear(embedding) if products.int8 else _tied_head(embedding, products)
     layers = []
     for number, layer_names in enumerate(names.layers):
-        layers.append(_load_layer(source, layer_names, config, ladder.ffn_boundaries(number), dtype, sort_ffn, int8))
+        layers.append(
+            _load_layer(source, layer_names, config, ladder.ffn_boundaries(number), dtype, sort_ffn, products)
+        )
         if progress is not None:
             progress(number + 1, len(names.layers))
     final_norm = RmsNorm(source.read(names.final_norm, dtype), config.rms_eps)
     return ModelWeights(embedding, tuple(layers), final_norm, head, config.tie_embeddings and not head.packed)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, int8: bool) -> Linear:
-    return Int8Linear(*quantize(weight, "int8"), bias) if int8 else Linear(weight, bias)
-
-
-def _tied_head(embedding: Tensor) -> Linear:
+def _tied_head(embedding: Tensor, products: Products) -> Product:
     """The head over the embedding's own memory, or a packed copy where one row runs at least 1.1x faster on it."""
-    plain, packed = Linear(embedding, pack=False), Linear(embedding)
+    plain, packed = products.linear(embedding, pack=False), products.linear(embedding)
     if not packed.packed:
         return plain
     row = torch.ones(1, embedding.shape[1], dtype=embedding.dtype)
-    seconds: dict[Linear, list[float]] = {plain: [], packed: []}
+    seconds: dict[Product, list[float]] = {plain: [], packed: []}
     for _ in range(5):
         for head, times in seconds.items():
             began = time.perf_counter()
@@ -124,7 +122,7 @@ def _load_layer(
     boundaries: tuple[int, ...],
     dtype: torch.dtype,
     sort_ffn: bool,
-    int8: bool,
+    products: Products,
 ) -> LayerWeights:
     head_dim = config.shape.head_dim
 
@@ -143,14 +141,13 @@ def _load_layer(
     biases = [paired(names.q_bias), paired(names.k_bias), maybe(names.v_bias)]
     return LayerWeights(
         input_norm=norm(names.input_norm),
-        qkv=_linear(
+        qkv=products.linear(
             torch.cat([pair_rows(read(names.q), head_dim), pair_rows(read(names.k), head_dim), read(names.v)]),
             torch.cat([bias for bias in biases if bias is not None]) if names.q_bias is not None else None,
-            int8,
         ),
-        output=_linear(read(names.o), maybe(names.o_bias), int8),
+        output=products.linear(read(names.o), maybe(names.o_bias)),
         post_norm=norm(names.post_norm),
-        ffn=_load_ffn(read, maybe, names, boundaries, sort_ffn, int8),
+        ffn=_load_ffn(read, maybe, names, boundaries, sort_ffn, products),
         query_norm=None if names.q_norm is None else norm(names.q_norm, pair=True),
         key_norm=None if names.k_norm is None else norm(names.k_norm, pair=True),
     )
@@ -162,8 +159,8 @@ def _load_ffn(
     names: LayerNames,
     boundaries: tuple[int, ...],
     sort_ffn: bool,
-    int8: bool,
-) -> StaircaseFfn:
+    products: Products,
+) -> GatedFfn:
     gate, up, down = read(names.gate), read(names.up), read(names.down)
     gate_bias, up_bias = maybe(names.gate_bias), maybe(names.up_bias)
     if sort_ffn:
@@ -172,9 +169,7 @@ def _load_ffn(
         gate_bias = None if gate_bias is None else gate_bias[order]
         up_bias = None if up_bias is None else up_bias[order]
     down_bias = maybe(names.down_bias)
-    return StaircaseFfn(
-        gate, up, down, boundaries, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias, int8=int8
-    )
+    return products.ffn(gate, up, down, boundaries, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
 
 
 def importance_order(down: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Dispatch:
 
     device: str  # cpu or cuda:<index>
     name: str  # of the GPU; empty for the CPU
-    kernels: str
+    kernels: str  # empty for the CPU: `products.py` chooses there
     reason: str = ""  # why it is not a GPU, where one would have been taken
 
     @property
@@ -69,5 +69,4 @@ def _missing(asked: str) -> str:
 
 
 def _cpu(reason: str = "") -> Dispatch:
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return Dispatch("cpu", "", "oneDNN" if has_onednn else "PyTorch", reason)
+    return Dispatch("cpu", "", "", reason)

@@ -12,6 +12,7 @@ zeroed before `down`. No weight is sliced into a copy, and partial sums accumula
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,16 @@ class BlockRows:
 
 @dataclass(frozen=True, slots=True)
 class FfnRows:
-    """The blocks that some row runs, and by how many rows in all."""
+    """The blocks that some row runs, and by how many rows in all; and each row's own width."""
 
     num_rows: int
     blocks: tuple[BlockRows, ...]
+    widths: Tensor  # int32 [num_rows], 0: no FFN
+    widest: int
 
 
 def plan_rows(widths: Sequence[int], boundaries: Sequence[int], dtype: torch.dtype) -> FfnRows:
-    """Lay out rows of these widths (0: no FFN) over the blocks that end at `boundaries`."""
+    """Lay out rows of these widths (0: no FFN) over the blocks that end at `boundaries`; none for an FFN without blocks."""
     blocks = []
     start = 0
     for end in boundaries:
@@ -56,7 +59,24 @@ def plan_rows(widths: Sequence[int], boundaries: Sequence[int], dtype: torch.dty
         index = None if contiguous else torch.tensor(inside)
         blocks.append(BlockRows(len(inside) if contiguous else None, index, mask))
         start = end
-    return FfnRows(len(widths), tuple(blocks))
+    return FfnRows(len(widths), tuple(blocks), torch.tensor(widths, dtype=torch.int32), max(widths, default=0))
+
+
+class GatedFfn(Protocol):
+    """The FFN of one layer, in whatever form."""
+
+    boundaries: tuple[int, ...]  # where its blocks end, for `plan_rows`; () if it has none
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights, in whatever layout."""
+
+    def add_to(self, residual: Tensor, x: Tensor, rows: FfnRows) -> Tensor:
+        """residual [rows, hidden] + FFN(x [rows, hidden]); rows without an FFN keep their residual."""
 
 
 class StaircaseFfn:
@@ -90,14 +110,14 @@ class StaircaseFfn:
             start = end
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
-        """All weight blocks."""
-        return (*self._gate, *self._up, *self._down)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights, in whatever layout."""
+        return tuple(linear.weight for linear in (*self._gate, *self._up, *self._down))
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights."""
-        return sum(linear.nbytes for linear in self.linears)
+        return sum(linear.nbytes for linear in (*self._gate, *self._up, *self._down))
 
     def add_to(self, residual: Tensor, x: Tensor, rows: FfnRows) -> Tensor:
         """residual [rows, hidden] + FFN(x [rows, hidden]); rows without an FFN keep their residual."""

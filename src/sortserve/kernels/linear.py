@@ -5,11 +5,33 @@ bfloat16 rows reached 11.6 (two cores, one row), and from 32 rows on both take t
 oneDNN does not pack, plain `F.linear`. `reference` is the float64 formula, the oracle of the tests.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Product(Protocol):
+    """One weight matrix [out_features, in_features], kept in whatever form."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights, in whatever layout."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights lie in memory of their own, not the given tensor's."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, in_features] -> x W^T + b [rows, out_features]."""
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x W^T + b; neither argument is changed."""
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -34,6 +56,11 @@ class Linear:
         self.packed = pack and can_pack(weight)
         # the packed tensor replaces the plain one; the caller must not keep it either
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights, in whatever layout."""
+        return (self.weight,)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in_features] -> [rows, out_features]."""

@@ -249,6 +249,11 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure step times at every start; else they are kept in $XDG_CACHE_HOME/sortserve or ~/.cache/sortserve",
     )
+    add(
+        "--no-compile",
+        action="store_true",
+        help="on the CPU, take oneDNN's products, not those in C++ that the first start compiles into the same folder",
+    )
     add("--no-prefix-cache", action="store_true", help="forget K/V of prompts once they are answered")
     add(
         "--backend",

@@ -88,6 +88,7 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         device=args.device,
         dtype=args.dtype,
         enforce_eager=args.enforce_eager,
+        compile_kernels=not args.no_compile,
         weights=args.weights,
         kv_dtype=args.kv_dtype,
         max_model_len=args.max_model_len,

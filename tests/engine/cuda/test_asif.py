@@ -23,6 +23,7 @@ from sortserve.engine.cuda.tables import Longs, PageTables
 from sortserve.engine.plan import Ints
 from sortserve.kernels.gpu import backends, flash_attention
 from sortserve.kernels.gpu.backends import OURS, Offer
+from sortserve.kernels.products import Products
 from tests.engine import asif
 from tests.engine.asif import random_run
 from tests.engine.cuda import plain_kernels
@@ -71,7 +72,7 @@ def run_one(
         num_pages=rng.choice([30, 80]),
         max_step_tokens=rng.choice([3, 7, 20]),
         options=options,
-        int8=int8,
+        products=Products(int8),
         fp8_kv=fp8_kv,
         dtype=dtype,
     )

@@ -1,0 +1,365 @@
+// y = x W^T + b for few and many rows on x86 processors with AVX-512, over weights that are packed once.
+//
+// Weights lie in panels of 32 outputs, each a single stream: [panel][step][32 outputs][one 32-bit word], a word holding
+// two bfloat16 or four bytes (int8 + 128) of consecutive inputs. One instruction multiplies the words of 16 outputs with
+// a line's word and adds to 16 sums: VDPBF16PS in float32, VPDPBUSD exactly in int32. Up to 12 lines share one pass over
+// a panel; with few, that pass over memory is what takes the time.
+//
+//   bfloat16   y[r, o] = sum_i x[r, i] w[o, i] + b[o]
+//   int8       x[r, i] ~ step[r] (256 high + low), bytes in [-128, 127], a third plane for float32 rows (linear_int8.py)
+//              y[r, o] = step[r] scale[o] (256 sum_i high v[o, i] + sum_i low v[o, i]) + b[o]
+//   gated FFN  y[r] = residual[r] + down(silu(gate x[r]) * up x[r]), each row with its own first width[r] neurons
+//
+// A sum's order does not depend on the rows beside it, so a row gets the same bits in every batch. Threads are OpenMP's,
+// from the library that PyTorch has loaded: one team runs both. Python's side is kernels/native.py.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+using std::int64_t;
+
+constexpr int kLanes = 16;
+constexpr int kGroups = 4;  // of 16 outputs in a pair of panels, which is what a thread takes at a time
+constexpr int kPair = kLanes * kGroups;
+constexpr int kMostLines = 12;  // that are multiplied at a time: 24 sums of 16 outputs in 32 registers
+constexpr int kTilesPerItem = 8;
+
+// Filled by native.py: the same fields in the same order.
+struct Matrix {
+  const __m512i* words;  // [pairs][2 panels][steps][2 groups] x 16 words
+  const float* scale;    // [pairs * 64]; null: the weights are bfloat16
+  const float* bias;     // [pairs * 64] or null
+  int64_t outputs, inputs, pairs, steps;
+};
+
+// Rows as the products read them. A line is what one instruction takes part of: a row, or one plane of a row's bytes.
+struct Lines {
+  std::unique_ptr<uint32_t[]> words;  // [rows * planes][stride]
+  std::unique_ptr<int32_t[]> start;   // [rows * planes]: what a sum starts with, minus what 128 too much a weight adds
+  std::unique_ptr<float[]> step;      // [rows]
+  int64_t stride, planes;
+
+  Lines(int64_t rows, int64_t inputs, int64_t planes)
+      : stride(line_stride(inputs, planes)), planes(planes) {
+    words.reset(new uint32_t[rows * planes * stride]);
+    start.reset(new int32_t[rows * planes]);
+    step.reset(new float[rows]);
+  }
+  bool bytes() const { return planes > 1; }
+  uint32_t* line(int64_t row, int64_t plane) const { return words.get() + (row * planes + plane) * stride; }
+
+  // whole vectors, and no multiple of a page: lines a page apart would all want the same places of the first cache
+  static int64_t line_stride(int64_t inputs, int64_t planes) {
+    const int64_t per_vector = planes > 1 ? 64 : 32;
+    return ((inputs + per_vector - 1) / per_vector | 1) * kLanes;
+  }
+};
+
+__mmask16 first(int64_t count) { return count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+__m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
+
+// float32 -> bfloat16, to nearest, ties to even; a NaN stays one
+__m256i narrow(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+
+// Rows in memory, bfloat16 or float32, [rows, size].
+struct Rows {
+  char* data;
+  int64_t size;
+  bool wide;  // float32
+
+  char* at(int64_t row, int64_t column) const { return data + (row * size + column) * (wide ? 4 : 2); }
+  __m512 load(int64_t row, int64_t column, __mmask16 mask) const {
+    if (wide) return _mm512_maskz_loadu_ps(mask, at(row, column));
+    return widen(_mm256_maskz_loadu_epi16(mask, at(row, column)));
+  }
+  void store(int64_t row, int64_t column, __mmask16 mask, __m512 x) const {
+    if (wide) return _mm512_mask_storeu_ps(at(row, column), mask, x);
+    _mm256_mask_storeu_epi16(at(row, column), mask, narrow(x));
+  }
+};
+
+// e^x to 2 units in the last place: 2^n e^f with |f| <= ln(2) / 2, e^f by its series.
+__m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
+  __m512 sum = _mm512_set1_ps(1.0f / 5040);
+  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(term));
+  return _mm512_scalef_ps(sum, n);
+}
+
+__m512 silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// ---- rows to lines
+
+// The first `count` inputs of a row in bytes; zero from there to `end`.
+void cut(const Lines& lines, const Rows& x, int64_t row, int64_t count, int64_t end) {
+  const int64_t planes = lines.planes;
+  __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();  // not finite as soon as an input is not
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 part = x.load(row, i, first(count - i));
+    most = _mm512_max_ps(most, _mm512_abs_ps(part));
+    poison = _mm512_fmadd_ps(part, _mm512_setzero_ps(), poison);
+  }
+  const int32_t ones = planes == 3 ? 0x010101 : 0x0101;
+  // 2 less than fits: the quotient of the largest value may be rounded up
+  const float step = std::max(_mm512_reduce_max_ps(most), 1e-30f) / (127 * ones - 2) + _mm512_reduce_add_ps(poison);
+  lines.step[row] = step;
+  __m512i sums[3] = {};
+  for (int64_t i = 0; i < end; i += kLanes) {
+    const __m512 part = i < count ? x.load(row, i, first(count - i)) : _mm512_setzero_ps();
+    const __m512i steps = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_div_ps(part, _mm512_set1_ps(step))),
+                                           _mm512_set1_epi32(128 * ones));
+    for (int64_t plane = 0; plane < planes; ++plane) {  // the highest first
+      const __m512i shifted = _mm512_srl_epi32(steps, _mm_cvtsi32_si128(8 * (planes - 1 - plane)));
+      const __m512i byte = _mm512_sub_epi32(_mm512_and_si512(shifted, _mm512_set1_epi32(255)), _mm512_set1_epi32(128));
+      sums[plane] = _mm512_add_epi32(sums[plane], byte);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(lines.line(row, plane)) + i),
+                       _mm512_cvtepi32_epi8(byte));
+    }
+  }
+  for (int64_t plane = 0; plane < planes; ++plane)
+    lines.start[row * planes + plane] = -128 * _mm512_reduce_add_epi32(sums[plane]);
+}
+
+// A row of x as the products read it.
+void take(const Lines& lines, const Rows& x, int64_t row, int64_t inputs) {
+  const int64_t end = lines.stride * (lines.bytes() ? 4 : 2);
+  if (lines.bytes()) return cut(lines, x, row, inputs, end);
+  char* line = reinterpret_cast<char*>(lines.line(row, 0));
+  std::memcpy(line, x.at(row, 0), inputs * 2);
+  std::memset(line + inputs * 2, 0, (end - inputs) * 2);
+}
+
+// ---- products
+
+struct Bytes {
+  using Sums = __m512i;
+  static Sums begin(const int32_t* start, int line) { return _mm512_set1_epi32(start[line]); }
+  // GCC 12 keeps more than 16 sums of the intrinsic in memory, which makes 12 lines half as fast
+  static Sums add(Sums sums, __m512i weights, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
+    return sums;
+  }
+  static __m512 value(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+};
+
+#ifdef __AVX512BF16__
+struct Bfloat16 {
+  using Sums = __m512;
+  static Sums begin(const int32_t*, int) { return _mm512_setzero_ps(); }
+  static Sums add(Sums sums, __m512i weights, __m512i x) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)x);
+  }
+  static __m512 value(Sums sums) { return sums; }
+};
+#endif
+
+using Block = float[kMostLines][kPair];
+
+// block[line][output] for kLines lines, over the first `steps` words of a pair of panels, `next` vectors apart; one by one
+// where the registers ask for it.
+template <class Kind, int kLines>
+void tile(const uint32_t* x, int64_t stride, const int32_t* start, const __m512i* pair, int64_t next, int64_t steps,
+          Block& block) {
+  constexpr int kAtOnce = kLines > 6 ? 2 : 4;
+  for (int from = 0; from < kGroups; from += kAtOnce) {
+    typename Kind::Sums sums[kLines][kAtOnce];
+    for (int line = 0; line < kLines; ++line)
+      for (int group = 0; group < kAtOnce; ++group) sums[line][group] = Kind::begin(start, line);
+    const __m512i* weights = pair + from / 2 * next;
+    for (int64_t step = 0; step < steps; ++step, weights += 2) {
+      __m512i part[kAtOnce];
+#pragma GCC unroll 4
+      for (int group = 0; group < kAtOnce; ++group) {
+        part[group] = _mm512_load_si512(weights + group / 2 * next + group % 2);
+      }
+#pragma GCC unroll 12
+      for (int line = 0; line < kLines; ++line) {
+        const __m512i word = _mm512_set1_epi32(x[line * stride + step]);
+        for (int group = 0; group < kAtOnce; ++group) sums[line][group] = Kind::add(sums[line][group], part[group], word);
+      }
+    }
+    for (int line = 0; line < kLines; ++line)
+      for (int group = 0; group < kAtOnce; ++group)
+        _mm512_store_ps(&block[line][(from + group) * kLanes], Kind::value(sums[line][group]));
+  }
+}
+
+using Tile = void (*)(const uint32_t*, int64_t, const int32_t*, const __m512i*, int64_t, int64_t, Block&);
+#define TILES(kind)                                                                                              \
+  {nullptr,       tile<kind, 1>, tile<kind, 2>, tile<kind, 3>, tile<kind, 4>,  tile<kind, 5>, tile<kind, 6>, \
+   tile<kind, 7>, tile<kind, 8>, tile<kind, 9>, tile<kind, 10>, tile<kind, 11>, tile<kind, 12>}
+constexpr Tile kByteTiles[] = TILES(Bytes);
+#ifdef __AVX512BF16__
+constexpr Tile kBfloat16Tiles[] = TILES(Bfloat16);
+#else
+constexpr const Tile* kBfloat16Tiles = kByteTiles;  // never called: features() tells
+#endif
+
+// How many rows go through a panel together.
+struct Tiling {
+  int64_t rows, per_tile, tiles;
+  Tiling(int64_t rows, int64_t planes) : rows(rows) {
+    const int64_t most = kMostLines / planes;
+    tiles = (rows + most - 1) / most;
+    per_tile = (rows + tiles - 1) / tiles;
+    tiles = (rows + per_tile - 1) / per_tile;
+  }
+};
+
+// The largest width of rows [from, to); `all` where rows have no widths.
+int64_t widest(const int32_t* widths, int64_t from, int64_t to, int64_t all) {
+  return widths == nullptr ? all : *std::max_element(widths + from, widths + to);
+}
+
+// 16 sums of a row as numbers: planes put together, scale and bias in.
+__m512 finish(const Matrix& matrix, const Lines& lines, const Block& block, int64_t row, int64_t line, int64_t pair,
+              int group) {
+  const int64_t column = pair * kPair + group * kLanes;
+  __m512 value = _mm512_load_ps(&block[line][group * kLanes]);
+  if (lines.bytes()) {
+    for (int64_t plane = 1; plane < lines.planes; ++plane)
+      value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0f), _mm512_load_ps(&block[line + plane][group * kLanes]));
+    const __m512 scale = _mm512_loadu_ps(matrix.scale + column);
+    value = _mm512_mul_ps(value, _mm512_mul_ps(scale, _mm512_set1_ps(lines.step[row])));
+  }
+  return matrix.bias == nullptr ? value : _mm512_add_ps(value, _mm512_loadu_ps(matrix.bias + column));
+}
+
+// Calls done(block, first row, last row, pair) for each tile of rows and each pair of panels, shared out over the threads.
+// `inputs`: how many a tile needs of each pair; `wanted`: whether a tile needs the pair at all.
+template <class Inputs, class Wanted, class Done>
+void multiply(const Matrix& matrix, const Lines& lines, const Tiling& tiling, Inputs inputs, Wanted wanted, Done done) {
+  const Tile* tiles = lines.bytes() ? kByteTiles : kBfloat16Tiles;
+  const int64_t per_word = lines.bytes() ? 4 : 2;
+  const int64_t spans = (tiling.tiles + kTilesPerItem - 1) / kTilesPerItem;
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < matrix.pairs * spans; ++item) {
+    const int64_t pair = item / spans, from = item % spans * kTilesPerItem;
+    for (int64_t number = from; number < std::min(from + kTilesPerItem, tiling.tiles); ++number) {
+      const int64_t begin = number * tiling.per_tile, end = std::min(begin + tiling.per_tile, tiling.rows);
+      if (!wanted(begin, end, pair)) continue;
+      alignas(64) Block block;
+      tiles[(end - begin) * lines.planes](lines.line(begin, 0), lines.stride, lines.start.get() + begin * lines.planes,
+                                          matrix.words + pair * matrix.steps * kGroups, matrix.steps * 2,
+                                          (inputs(begin, end) + per_word - 1) / per_word, block);
+      done(block, begin, end, pair);
+    }
+  }
+}
+
+// out = [residual +] x W^T + b. Rows of width 0 keep their residual.
+void project(const Matrix& matrix, const Lines& lines, const Tiling& tiling, const int32_t* widths,
+             const Rows* residual, const Rows& out) {
+  const auto inputs = [&](int64_t begin, int64_t end) { return widest(widths, begin, end, matrix.inputs); };
+  const auto wanted = [](int64_t, int64_t, int64_t) { return true; };
+  multiply(matrix, lines, tiling, inputs, wanted, [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int group = 0; group < kGroups; ++group) {
+        const int64_t column = pair * kPair + group * kLanes;
+        const __mmask16 mask = first(matrix.outputs - column);
+        if (mask == 0) break;
+        const bool none = widths != nullptr && widths[row] == 0;
+        __m512 value = none ? _mm512_setzero_ps()
+                            : finish(matrix, lines, block, row, (row - begin) * lines.planes, pair, group);
+        if (residual != nullptr) value = _mm512_add_ps(value, residual->load(row, column, mask));
+        out.store(row, column, mask, value);
+      }
+  });
+}
+
+// inner = silu(gate x) * up x; zero from a row's width on. A panel holds 16 gates and their 16 ups.
+void gate(const Matrix& matrix, const Lines& lines, const Tiling& tiling, const int32_t* widths, const Rows& inner) {
+  constexpr int kNeurons = kPair / 2;
+  const auto inputs = [&](int64_t, int64_t) { return matrix.inputs; };
+  const auto wanted = [&](int64_t begin, int64_t end, int64_t pair) {
+    return pair * kNeurons < widest(widths, begin, end, 0);
+  };
+  multiply(matrix, lines, tiling, inputs, wanted, [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t line = (row - begin) * lines.planes, neuron = pair * kNeurons + half * kLanes;
+        const __m512 gated = silu(finish(matrix, lines, block, row, line, pair, 2 * half));
+        const __m512 value = _mm512_mul_ps(gated, finish(matrix, lines, block, row, line, pair, 2 * half + 1));
+        inner.store(row, neuron, 0xffff, _mm512_maskz_mov_ps(first(widths[row] - neuron), value));
+      }
+  });
+}
+
+int64_t planes_of(const Matrix& matrix, bool wide) { return matrix.scale == nullptr ? 1 : wide ? 3 : 2; }
+
+}  // namespace
+
+extern "C" {
+
+// 1: int8 weights, 2: bfloat16 weights too.
+int features() {
+#ifdef __AVX512BF16__
+  return 3;
+#else
+  return 1;
+#endif
+}
+
+// out [rows, outputs] = [residual +] x [rows, inputs] W^T + b. `wide`: x, residual and out are float32, else bfloat16.
+void linear(const Matrix* matrix, int64_t rows, void* x, void* residual, void* out, int wide, int threads) {
+  const Rows from{static_cast<char*>(x), matrix->inputs, wide != 0};
+  const Rows beside{static_cast<char*>(residual), matrix->outputs, wide != 0};
+  const Rows to{static_cast<char*>(out), matrix->outputs, wide != 0};
+  const Lines lines(rows, matrix->inputs, planes_of(*matrix, wide));
+  const Tiling tiling(rows, lines.planes);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) take(lines, from, row, matrix->inputs);
+    project(*matrix, lines, tiling, nullptr, residual == nullptr ? nullptr : &beside, to);
+  }
+}
+
+// out = residual + the gated FFN of x, all [rows, hidden]; `widths` [rows], 0: the row keeps its residual.
+void ffn(const Matrix* gate_up, const Matrix* down, int64_t rows, const int32_t* widths, void* x, void* residual,
+         void* out, int wide, int threads) {
+  const Rows from{static_cast<char*>(x), gate_up->inputs, wide != 0};
+  const Rows beside{static_cast<char*>(residual), down->outputs, wide != 0};
+  const Rows to{static_cast<char*>(out), down->outputs, wide != 0};
+  const Lines outer(rows, gate_up->inputs, planes_of(*gate_up, wide));
+  const int64_t most = gate_up->pairs * kPair / 2;
+  const Lines lines(rows, most, outer.planes);
+  // the products of gate and up: cut into bytes from float32, or written as bfloat16 where the next product reads them
+  const std::unique_ptr<float[]> wide_inner(outer.bytes() ? new float[rows * most] : nullptr);
+  const Rows inner = outer.bytes() ? Rows{reinterpret_cast<char*>(wide_inner.get()), most, true}
+                                   : Rows{reinterpret_cast<char*>(lines.words.get()), lines.stride * 2, false};
+  const Tiling tiling(rows, outer.planes);
+  const int64_t needed = (widest(widths, 0, rows, 0) + 63) / 64 * 64;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) take(outer, from, row, gate_up->inputs);
+    gate(*gate_up, outer, tiling, widths, inner);
+    if (outer.bytes()) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < rows; ++row) cut(lines, inner, row, widths[row], needed);
+    }
+    project(*down, lines, tiling, widths, &beside, to);
+  }
+}
+}
