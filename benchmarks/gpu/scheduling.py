@@ -18,8 +18,8 @@ from sortserve.engine.stepping import Stepper
 
 
 def scheduled(bench: Bench, batch: int, steps: int, clock: Clock, *, ahead: bool) -> list[float]:
-    """Seconds of whole steps of `batch` decoding requests, as the engine makes them: each planned and launched `ahead`, while
-    the one before it runs, or after it."""
+    """Seconds of whole steps of `batch` decoding requests, as the engine makes them: each planned and launched `ahead`,
+    while the one before it runs, or after it."""
     setup, prompt = bench.setup, 8
     rungs = Rungs.of(bench.ladder, SettingsTable(bench.ladder))
     scheduler = Scheduler(
