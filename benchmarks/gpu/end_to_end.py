@@ -259,7 +259,9 @@ def overhead(bench: Bench, clock: Clock) -> Iterator[Row]:
     """The real scheduler at batch 32: what of a step is not the device's, with planning beside the device's work."""
     setup = bench.setup
     batch = min(32, setup.max_running)
-    seconds = scheduled(bench, batch, steps=1 if small(bench.device) else 60, clock=clock)
+    steps = 1 if small(bench.device) else 60
+    waiting = scheduled(bench, batch, steps, clock, ahead=False)
+    seconds = scheduled(bench, batch, steps, clock, ahead=True)
     context = min(CONTEXT, setup.context // 2)
     took = device_ms(bench, bench.decode([bench.full] * batch, min(context, 128)))
     step_ms = float(np.median(seconds)) * 1e3
@@ -270,7 +272,7 @@ def overhead(bench: Bench, clock: Clock) -> Iterator[Row]:
         took,
         step_ms,
         took,
-        {"not_device_share": share},
+        {"not_device_share": share, "not_ahead_ms": float(np.median(waiting)) * 1e3},
         "under 0.05 of a step",
         share < 0.05,
     )

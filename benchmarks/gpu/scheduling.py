@@ -14,10 +14,12 @@ from sortserve.engine.rungs import Rungs
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
 from sortserve.engine.settings import SettingsTable
+from sortserve.engine.stepping import Stepper
 
 
-def scheduled(bench: Bench, batch: int, steps: int, clock: Clock) -> list[float]:
-    """Seconds of whole steps (plan, launch, bookkeeping beside it, result, update) of `batch` decoding requests."""
+def scheduled(bench: Bench, batch: int, steps: int, clock: Clock, *, ahead: bool) -> list[float]:
+    """Seconds of whole steps of `batch` decoding requests, as the engine makes them: each planned and launched `ahead`,
+    while the one before it runs, or after it."""
     setup, prompt = bench.setup, 8
     rungs = Rungs.of(bench.ladder, SettingsTable(bench.ladder))
     scheduler = Scheduler(
@@ -27,26 +29,18 @@ def scheduled(bench: Bench, batch: int, steps: int, clock: Clock) -> list[float]
         Limits(setup.context, setup.shape.vocab_size, 1000),
         max_running=setup.max_running,
     )
+    stepper = Stepper(scheduler, bench.runner, ahead=ahead)
     for number in range(batch):
         tokens = tuple(np.random.default_rng(number).integers(0, setup.shape.vocab_size, prompt).tolist())
         sampling = SamplingParams(max_tokens=setup.context - prompt - 1, temperature=0.0, ignore_eos=True)
         scheduler.add(GenerateRequest(f"o{number}", tokens, sampling, time.monotonic(), None))
     while any(request.num_output < 3 for request in scheduler.requests.values()):
-        _step(bench, scheduler)
+        stepper.step()
     taken = []
     for _ in range(steps):
         if clock.spent():
             break
         began = time.perf_counter()
-        _step(bench, scheduler)
+        stepper.step()
         taken.append(time.perf_counter() - began)
     return taken
-
-
-def _step(bench: Bench, scheduler: Scheduler) -> None:
-    """As Engine.step on a runner that launches."""
-    plan = scheduler.schedule(time.monotonic())
-    assert plan is not None
-    launched = bench.runner.launch(plan)
-    scheduler.beside(plan, time.monotonic())
-    scheduler.update(plan, launched.result(), time.monotonic())

@@ -8,7 +8,9 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,16 @@ from sortserve.engine.config import ModelConfig, load_model_config
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepRunner
+from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult, StepRunner
 from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest
-from sortserve.engine.request import Request
+from sortserve.engine.request import Request, owner_of
 from sortserve.engine.runner import Runner
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
 from sortserve.engine.submodel import SubModel
 from sortserve.engine.weights import load_weights
 from sortserve.kernels.products import Products
+from tests.engine.launching import LateTokens
 from tests.engine.small import WantedPolicy
 from tests.engine.tiny_models import make_tiny
 
@@ -123,6 +126,15 @@ def asif_ladder(config: ModelConfig) -> Ladder:
 
 
 @dataclass
+class Flight:
+    """A step that ran, and is not booked."""
+
+    plan: Plan
+    result: StepResult
+    sampled: list[tuple[SequencePlan, Tensor]]  # with the logits that each draws from
+
+
+@dataclass
 class Harness:
     """The real engine on a tiny model, driven by hand; `check` compares every sampled row with the oracle."""
 
@@ -137,6 +149,8 @@ class Harness:
     fp8_kv: bool = False  # K/V of the engine and of the oracle
     dtype: torch.dtype = torch.float32  # of the engine's weights and states
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
+    ahead: bool = False  # whether the next step is planned and launched before this one's result is taken
+    stops: tuple[int, ...] = ()  # tokens that end an answer
     block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
@@ -164,10 +178,12 @@ class Harness:
         self._released: dict[str, int] = {}
         self._number = 0
         self._sampled: list[tuple[SequencePlan, Tensor]] = []
+        self._flight: Flight | None = None
+        self._takings: list[Callable[[], None]] = []
         self.runner = self.make_runner()
 
     def make_runner(self) -> StepRunner:
-        """The CPU's runner, which tells `note_sampled` before it samples."""
+        """The CPU's runner, which tells `note_sampled` before it samples; it takes plans made ahead."""
         source = Checkpoint.open(self.folder, self.config)
         weights = load_weights(source, self.config, self.ladder, self.dtype, products=self.products)
         runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
@@ -178,7 +194,7 @@ class Harness:
             return sample(logits, sampling)
 
         runner._sample = spy  # type: ignore[method-assign]
-        return runner
+        return LateTokens(runner)
 
     def note_sampled(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> None:
         """What the step's sequences draw from, for `check`."""
@@ -195,7 +211,7 @@ class Harness:
             GenerateRequest(
                 request_id,
                 tuple(prompt),
-                SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+                SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, stop_token_ids=self.stops),
                 time.monotonic(),
                 budget,
                 floor=self.ladder.entries[floor].id,
@@ -214,12 +230,19 @@ class Harness:
             self.ended[event.request_id] += 1
 
     def release(self, request_id: str, exit: int) -> None:
+        """Memory is taken by the next plan; nothing runs then that is not booked."""
+        self._takings.append(lambda: self._release(request_id, exit))
+
+    def preempt(self, request_id: str) -> None:
+        self._takings.append(lambda: self._preempt(request_id))
+
+    def _release(self, request_id: str, exit: int) -> None:
         request = self.scheduler.requests.get(request_id)
         if request is not None and exit < self.geometry.num_segments and any(request.kv.cells[exit:]):
             self.kv.release_deep(request.kv, exit)
             self._released[request_id] = exit
 
-    def preempt(self, request_id: str) -> None:
+    def _preempt(self, request_id: str) -> None:
         request = self.scheduler.requests.get(request_id)
         if request is not None and request.running:
             self._note_preemption(request)
@@ -239,27 +262,50 @@ class Harness:
 
     # ---- steps
 
-    def step(self) -> list[Event]:
-        plan = self.scheduler.schedule(time.monotonic())
-        if plan is None:
+    def checked_step(self) -> list[Event]:
+        """One step, every sampled row of it compared with the oracle before anything is booked."""
+        flight, self._flight = self._flight, None
+        flight = flight or self._launch(self._planned(self.scheduler.schedule))
+        if flight is None:
             events = self.scheduler.take_events()
         else:
-            self._look_at(plan)
-            self._sampled = []
-            if self.beside:
-                self.scheduler.beside(plan, time.monotonic())
-            result = self.runner.run(plan)
-            events = self.scheduler.update(plan, result, time.monotonic())
+            self.check(flight)
+            if self.beside or self.ahead:
+                self.scheduler.beside(flight.plan, time.monotonic())
+            if self.ahead:
+                self._flight = self._launch(self._planned(partial(self.scheduler.ahead, flight.plan)))
+                self.seen["planned ahead"] += self._flight is not None
+            events = self.scheduler.update(flight.plan, flight.result, time.monotonic())
         for event in events:
             if isinstance(event, FinishedEvent):
                 self.ended[event.request_id] += 1
         self.scheduler.check_integrity()
         return events
 
-    def check(self, plan: Plan) -> None:
+    def _planned(self, planning: Callable[[float], Plan | None]) -> Plan | None:
+        """A plan, with whatever memory is to be taken before it."""
+        for take in self._takings:
+            take()
+        self._takings = []
+        return planning(time.monotonic())
+
+    def _launch(self, plan: Plan | None) -> Flight | None:
+        if plan is None:
+            return None
+        self._look_at(plan)
+        self._sampled = []
+        result = self.runner.run(plan)
+        return Flight(plan, result, self._sampled)
+
+    def check(self, flight: Flight) -> None:
         """The step's logits against the oracle, before anything is booked."""
-        for part, logits in self._sampled:
-            request = self.scheduler.requests[part.request_id]
+        parts = {part.request_id: part for part in flight.plan.sequences}
+        for drawing, logits in flight.sampled:
+            part = parts[drawing.request_id]
+            request = owner_of(part, self.scheduler.requests)
+            if request is None:  # it ended with the step before
+                self.seen["surplus row"] += 1
+                continue
             expected = self._expected(request, part)
             error = float((logits.double() - expected).norm() / expected.norm())
             self.worst = max(self.worst, error)
@@ -283,21 +329,6 @@ class Harness:
                     widths[bounds[segment] + offset, token] = width
                     on[bounds[segment] + offset, token] = attention
         return self.oracle.logits(request.tokens[:count], widths, on)
-
-    def checked_step(self) -> list[Event]:
-        """`step`, with every sampled row compared."""
-        run = self.runner.run
-
-        def checking(plan: Plan):  # type: ignore[no-untyped-def]
-            result = run(plan)
-            self.check(plan)
-            return result
-
-        self.runner.run = checking  # type: ignore[method-assign]
-        try:
-            return self.step()
-        finally:
-            self.runner.run = run  # type: ignore[method-assign]
 
     def _look_at(self, plan: Plan) -> None:
         """Count the situations that a run must have met."""

@@ -8,7 +8,7 @@ from sortserve.engine.cost import CostTable
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder, Quality
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.plan import PENDING, Plan, SequencePlan, SequenceResult, StepResult
 from sortserve.engine.policies.protocol import SITS_OUT, Decision, Reason, View
 from sortserve.engine.protocol import TokenLogprob
 from sortserve.engine.request import Request
@@ -93,7 +93,7 @@ class WantedPolicy:
         self.requests: Mapping[str, Request] = {}
 
     def decide(self, view: View) -> Decision:
-        wanted = [self.wanted.get(name, self.default) for name in self.requests]
+        wanted = [self.wanted.get(name, self.default) for name, request in self.requests.items() if not request.left]
         place = np.array([SITS_OUT if place is None else place for place in wanted], np.int64)
         place = np.where(place == SITS_OUT, SITS_OUT, np.clip(place, view.floor, view.ceiling))
         reason = np.full(len(view), int(Reason.FIXED))
@@ -109,6 +109,7 @@ class FakeRunner:
     def __init__(self, geometry: KVGeometry = GEOMETRY) -> None:
         self._geometry = geometry
         self._memory: dict[tuple[int, int], object] = {}  # (page, slot)
+        self._drew: set[str] = set()  # for whom the last step drew a token
 
     def run(self, plan: Plan, requests: dict[str, Request]) -> StepResult:
         """Check and carry out a plan."""
@@ -118,6 +119,7 @@ class FakeRunner:
             self._write(part, requests[part.request_id])
         for part in plan.sequences:
             self._read(part, requests[part.request_id])
+        self._drew = {part.request_id for part in plan.sequences if part.sample is not None}
         return StepResult(tuple(_result(part) for part in plan.sequences), 0.0)
 
     def _content(self, part: SequencePlan, request: Request, segment: int, position: int) -> object:
@@ -126,7 +128,12 @@ class FakeRunner:
             stop = min(span.stop, position + 1)
             if span.start < stop:
                 settings[:, span.start : stop] = np.asarray(span.settings[: segment + 1])[:, None]
-        return tuple(request.tokens[: position + 1]), settings.tobytes()
+        known = request.tokens[: position + 1]
+        if known[-1] == PENDING:
+            assert part.request_id in self._drew, "nothing to take the token from"
+            known[-1] = canned_token(position)
+        assert PENDING not in known, "only the last token can be on its way"
+        return tuple(known), settings.tobytes()
 
     def _write(self, part: SequencePlan, request: Request) -> None:
         size = self._geometry.block_tokens

@@ -26,7 +26,7 @@ from sortserve.engine.errors import (
 from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
-from sortserve.engine.plan import Plan
+from sortserve.engine.plan import Plan, StepResult
 from sortserve.engine.policies.fixed import FixedPolicy
 from sortserve.engine.policies.protocol import Decision, Policy, Reason, View
 from sortserve.engine.policies.registry import POLICY_NAMES, make_policy
@@ -79,6 +79,7 @@ class Drive:
         timed: bool = False,
         ask_every: int = 1,
         beside: bool = False,
+        ahead: bool = False,
     ) -> None:
         self.ladder = ladder
         self.kv = KVManager(GEOMETRY, num_pages)
@@ -100,6 +101,9 @@ class Drive:
         self.max_cost = max_step_tokens * SHAPE.num_layers
         self.max_running = max_running
         self.beside = beside  # whether bookkeeping is done while the runner works, else after
+        self.ahead = ahead  # whether the next step is planned and run before this one's result is taken
+        self.flight: tuple[Plan, StepResult] | None = None  # what was
+        self.seen: Counter[str] = Counter()
         self.runner = FakeRunner()
         self.now = 100.0
         self.steps = 0
@@ -146,24 +150,34 @@ class Drive:
 
     def step(self, between: Callable[[], None] = lambda: None) -> Plan | None:
         """One step; `between` is what happens while the runner works."""
-        plan = self.scheduler.schedule(self.now)
-        self.scheduler.check_integrity()
-        if plan is None:
+        flight, self.flight = self.flight, None
+        flight = flight or self.launch(self.scheduler.schedule(self.now))
+        if flight is None:
             self.take(self.scheduler.take_events())
             return None
-        self.check_plan(plan)
+        plan, result = flight
         self.steps += 1
-        if self.beside:
+        if self.beside or self.ahead:
             self.scheduler.beside(plan, self.now)
             self.scheduler.check_integrity()
-        result = self.runner.run(plan, self.scheduler.requests)
         cost = self.scheduler.cost
         if cost is not None:
             self.now += float(cost.seconds(self.shape(plan)))
+        if self.ahead:
+            self.flight = self.launch(self.scheduler.ahead(plan, self.now))
+            self.seen["planned ahead"] += self.flight is not None
         between()
+        self.seen["surplus row"] += sum(part.request_id not in self.scheduler.requests for part in plan.sequences)
         self.take(self.scheduler.update(plan, result, self.now))
         self.scheduler.check_integrity()
         return plan
+
+    def launch(self, plan: Plan | None) -> tuple[Plan, StepResult] | None:
+        self.scheduler.check_integrity()
+        if plan is None:
+            return None
+        self.check_plan(plan)
+        return plan, self.runner.run(plan, self.scheduler.requests)
 
     def shape(self, plan: Plan) -> StepShape:
         return shape_of_parts(self.scheduler.rungs, plan.sequences)
@@ -242,7 +256,7 @@ def test_every_request_ends_where_decisions_are_repeated(beside: bool, rng: rand
     random_schedule(rng, ask_every=4, beside=beside)
 
 
-def random_schedule(rng: random.Random, ask_every: int = 1, beside: bool = False) -> None:
+def random_schedule(rng: random.Random, ask_every: int = 1, beside: bool = False, ahead: bool = False) -> Drive:
     """Random submits, aborts (also while the runner works), switches and ends, down to pools that hold one sequence."""
     policy = WantedPolicy()
     drive = Drive(
@@ -254,6 +268,7 @@ def random_schedule(rng: random.Random, ask_every: int = 1, beside: bool = False
         eos=(canned_token(9), canned_token(13)),
         ask_every=ask_every,
         beside=beside,
+        ahead=ahead,
     )
 
     def abort_one() -> None:
@@ -291,6 +306,7 @@ def random_schedule(rng: random.Random, ask_every: int = 1, beside: bool = False
             abort_one()
     policy.wanted = {name: FULL if place is None else place for name, place in policy.wanted.items()}
     drive.run()
+    return drive
 
 
 @pytest.mark.parametrize("place", [0, 3, FULL])

@@ -12,7 +12,7 @@ from sortserve.engine.ladder import Ladder
 from sortserve.engine.plan import SequencePlan
 from sortserve.engine.planner import Planned, Planner, nobody
 from sortserve.engine.policies.protocol import NEVER_RAN, Reason, View
-from sortserve.engine.request import Request
+from sortserve.engine.request import Request, owner_of
 from sortserve.engine.rungs import Ints, Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.tally import Tally
@@ -48,7 +48,7 @@ class Assembly:
         the step gives is not known yet."""
         self._ahead = {}
         for part in parts:
-            request = self._requests.get(part.request_id)
+            request = owner_of(part, self._requests)
             if request is not None and request.plain and part.sample is not None:
                 made = self._planner.repeat(request, part, known=len(request.tokens) + 1)
                 if made is not None:

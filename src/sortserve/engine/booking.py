@@ -5,7 +5,7 @@ from typing import Literal
 
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
-from sortserve.engine.plan import SequencePlan, SequenceResult
+from sortserve.engine.plan import PENDING, SequencePlan, SequenceResult
 from sortserve.engine.protocol import Event, PromptLogprobsEvent, TokenEvent
 from sortserve.engine.request import Request
 from sortserve.engine.tally import Tally
@@ -34,7 +34,10 @@ class Books:
         token = gave.token
         if token is None:
             return "length" if part.spans[-1].stop == request.num_prompt and sampling.max_tokens == 0 else None
-        request.tokens.append(token)
+        if request.tokens[-1] == PENDING:
+            request.tokens[-1] = token
+        else:
+            request.tokens.append(token)
         request.made[part.submodel] += 1
         if request.first_token is None:
             request.first_token = now

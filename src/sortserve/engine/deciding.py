@@ -36,6 +36,11 @@ class Decider:
         self._urgent = self._urgent or urgent
 
     @property
+    def wants_confidence(self) -> bool:
+        """Whether the policy looks at how sure each token was."""
+        return getattr(self.policy, "wants_confidence", False)
+
+    @property
     def must_ask(self) -> bool:
         """Whether the next step waits for the policy."""
         return self._urgent or self.ask_every == 1

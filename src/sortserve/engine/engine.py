@@ -1,12 +1,8 @@
-"""The engine: everything that is loaded, and the loop's body.
-
-plan = scheduler.schedule(now) -> result = runner.run(plan) -> events = scheduler.update(plan, result, now)
-"""
+"""The engine: everything that is loaded. Its steps are in stepping.py."""
 
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +12,6 @@ import torch
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, KV_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
-from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.errors import NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
@@ -24,7 +19,7 @@ from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import LaunchingRunner, Plan, StepResult, StepRunner
+from sortserve.engine.plan import StepRunner
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.profile_cache import fitted
@@ -36,6 +31,7 @@ from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.runner import SimulatedRunner
 from sortserve.engine.sizing import default_kv_bytes, most_threads, size_kv
+from sortserve.engine.stepping import Stepper
 from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
 from sortserve.kernels.dispatch import Dispatch, choose
@@ -49,9 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LADDER_FILE = "ladder.json"
-IDLE_SECONDS = 0.001
-LONG_STEP_SECONDS = 0.02
-"""Bookkeeping is done beside steps at least so long: Python's lock is free most of such a step, not of a short one."""
 SMALL_LAYER = 1 << 20
 """Weights of a layer under which one thread is used: two gain at most a quarter on the bundled model, and beside one
 other busy process their barriers made a step of 1.5 ms take 104."""
@@ -66,7 +59,7 @@ class Engine:
     info: EngineInfo
     scheduler: Scheduler
     runner: StepRunner
-    helper: ThreadPoolExecutor  # one thread, for bookkeeping beside a long step; it never calls torch
+    steps: Stepper
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> "Engine":
@@ -156,7 +149,7 @@ class Engine:
             weights=config.dtype if config.weights == "auto" else config.weights,
             kv_dtype=config.dtype if config.kv_dtype == "auto" else config.kv_dtype,
         )
-        engine = cls(config, model_config, info, scheduler, runner, ThreadPoolExecutor(1, "beside"))
+        engine = cls(config, model_config, info, scheduler, runner, Stepper(scheduler, runner))
         if simulated is not None:
             scheduler.cost = CostModel(simulated.cost)
         elif config.warmup:
@@ -165,49 +158,8 @@ class Engine:
         return engine
 
     def step(self, tell_early: Callable[[list[Event]], None] | None = None) -> list[Event]:
-        """Plan, run and book one step; the events it gave, none if there was nothing to do.
-
-        `tell_early` is given what planning alone decided (who was accepted) before the step runs; it is not returned then.
-        """
-        plan = self.scheduler.schedule(time.monotonic())
-        if plan is None:
-            events = self.scheduler.take_events()
-            if self.scheduler.requests and not events:
-                time.sleep(IDLE_SECONDS)  # everybody sits out, until time changes the policy's mind
-            return events
-        if tell_early is not None:
-            tell_early(self.scheduler.take_events())
-        cost = self.cost
-        result, shape = self._run(plan)
-        if cost is not None and shape is not None:
-            cost.note(shape, result.seconds)
-        return self.scheduler.update(plan, result, time.monotonic())
-
-    def _run(self, plan: Plan) -> tuple[StepResult, StepShape | None]:
-        """Run a step, and do beside it what need not wait for its end: while a GPU works or, if the step is long enough, in
-        the helper's thread."""
-        seconds = 0.0 if self.cost is None else self.cost.last_seconds
-        if isinstance(self.runner, LaunchingRunner):
-            launched = self.runner.launch(plan)
-            shape = self._beside(plan, time.monotonic() + seconds)
-            return launched.result(), shape
-        beside = None
-        if seconds >= LONG_STEP_SECONDS:
-            beside = self.helper.submit(self._beside, plan, time.monotonic() + seconds)
-        try:
-            result = self.runner.run(plan)
-        finally:
-            if beside is not None:
-                beside.result()
-        return result, self._beside(plan, time.monotonic()) if beside is None else beside.result()
-
-    def _beside(self, plan: Plan, now: float) -> StepShape | None:
-        """What need not wait for the end of a running plan. Returns its shape, where its time is to be learned from."""
-        self.scheduler.beside(plan, now)
-        if self.cost is None:
-            return None
-        self.cost.learn()
-        return shape_of_parts(self.scheduler.rungs, plan.sequences)
+        """One step of `steps`: the events it gave, none if there was nothing to do."""
+        return self.steps.step(tell_early)
 
     @property
     def cost(self) -> CostModel | None:

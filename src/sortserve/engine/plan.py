@@ -16,6 +16,9 @@ from sortserve.engine.sampling import SamplingParams
 
 Ints = NDArray[np.int32]
 
+PENDING = -1
+"""Stands for a token that a running step is to give: known to be there, but not which."""
+
 
 class Span(msgspec.Struct, frozen=True, gc=False):
     """Rows of one sequence at positions [start, stop) that run segments [first_segment, exit) with the same settings.
@@ -58,7 +61,9 @@ class SequencePlan(msgspec.Struct, frozen=True, gc=False):
     submodel: int  # place in the ladder
     exit: int
     spans: tuple[Span, ...]
-    tokens: Sequence[int]  # ids of the sequence's tokens from position 0: its own list, which only grows, not a copy
+    # ids of the sequence's tokens from position 0: its own list, which only grows, not a copy. The last may be PENDING: the
+    # one that the step launched before this one draws for this sequence
+    tokens: Sequence[int]
     watermark: tuple[int, ...]  # [exit] before the step
     pages: Ints  # [blocks, columns]
     state_pages: dict[tuple[int, int], tuple[int, ...]]
@@ -132,7 +137,8 @@ class StepRunner(Protocol):
 
 @runtime_checkable
 class LaunchingRunner(StepRunner, Protocol):
-    """A runner that works on its own once a step is launched. One step at a time."""
+    """A runner that works on its own once a step is launched. A second one may be launched before the first one's result is
+    taken: steps run in the order of their launches, all that one writes is there for the next, PENDING tokens included."""
 
     def launch(self, plan: Plan) -> LaunchedStep:
         """Start a step. Nothing of `plan` is read after the return."""

@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.ladder import Ladder
-from sortserve.engine.plan import SampleSpec
+from sortserve.engine.plan import SampleSpec, SequencePlan
 from sortserve.engine.policies.protocol import NEVER_RAN
 from sortserve.engine.protocol import GenerateRequest, KVMode, RequestSummary, TokenLogprob
 from sortserve.engine.sequence_kv import SequenceKV
@@ -39,7 +40,14 @@ class Request:
     first_token: float | None = None
     last_token: float | None = None
     cut: bool = False
+    left: bool = False  # nothing of it will run any more; its last token may still be on its way
     confidence: float = math.nan  # maximum probability of the last token at its exit, where the policy asks for it
+    # whether it can go on before the host has seen its last token: nothing else is asked for, nor does it change the logits
+    goes_on_unseen: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = self.asked.sampling
+        self.goes_on_unseen = self.plain and sampling.logprobs is None and sampling.prompt_logprobs is None
 
     @property
     def id(self) -> str:
@@ -107,3 +115,9 @@ class Request:
         if self.asked.sampling.max_tokens == 0:
             return budget.within_total(arrival, now)
         return budget.met(arrival, self.first_token, self.last_token, self.num_output)
+
+
+def owner_of(part: SequencePlan, requests: Mapping[str, Request]) -> Request | None:
+    """Whose part of a step it is, if that is still alive: another request may have its id by now."""
+    request = requests.get(part.request_id)
+    return request if request is not None and request.tokens is part.tokens else None

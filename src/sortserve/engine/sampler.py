@@ -177,12 +177,6 @@ def kept_among(best: IntRow, values: FloatRow, params: SamplingParams) -> tuple[
     return best[order], _at_least(weights[order], params)
 
 
-def draw_among(best: IntRow, values: FloatRow, row: SamplingRow) -> int:
-    """`draw` for a row whose parameters are plain, from its top-k tokens alone, best first, with their logits."""
-    kept, weights = kept_among(best, values, row.params)
-    return int(kept[_invert(weights, uniform(row.seed, row.position))])
-
-
 def _weights(values: FloatRow, highest: np.float32, params: SamplingParams) -> FloatRow:
     weights: FloatRow = values - highest
     weights /= np.float32(max(params.temperature, MIN_TEMPERATURE))

@@ -1,13 +1,15 @@
 """The scheduler: which rows run in the next step, on which sub-model, and what a finished step means.
 
 There is no prefill or decode phase: every request has tokens known and tokens computed, and catches up. A step is
-`plan = schedule(now)`, the runner's work, `events = update(plan, result, now)`. No torch here.
+`plan = schedule(now)`, the runner's work, `events = update(plan, result, now)`. `ahead` is `schedule` while the step before
+still runs. No torch here.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
+from sortserve.engine import ahead
 from sortserve.engine.admission import Limits, Load, check_request, check_strict, resolve_terms
 from sortserve.engine.assembly import Assembly
 from sortserve.engine.booking import Books
@@ -19,7 +21,7 @@ from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
-from sortserve.engine.plan import Plan, SequencePlan, StepResult
+from sortserve.engine.plan import PENDING, Plan, SequencePlan, StepResult
 from sortserve.engine.planner import Planner
 from sortserve.engine.policies.protocol import NEVER_RAN, Policy, View
 from sortserve.engine.protocol import (
@@ -32,7 +34,7 @@ from sortserve.engine.protocol import (
     GenerateRequest,
     Prediction,
 )
-from sortserve.engine.request import Request
+from sortserve.engine.request import Request, owner_of
 from sortserve.engine.rungs import Ints, Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.step import fill, in_order, rows_of
@@ -85,7 +87,7 @@ class Scheduler:
         )
         self._before: dict[str, SequencePlan] = {}  # the last step's parts
         self._repeatable: list[tuple[Request, int]] = []  # its rows and their places, if the next step may be its like
-        self._running_plan: Plan | None = None  # the plan that `beside` was called for
+        self._booked = 0  # number of the last step that `beside` was called for
         self._refused: list[Request] = []
         self._ended = False  # whether somebody did since `_repeatable` was looked through
         self._pending: list[Event] = []
@@ -107,7 +109,7 @@ class Scheduler:
         check_request(asked, self.limits)
         terms = resolve_terms(asked, self.ladder, self._unasked)
         running = sum(request.running for request in self.requests.values())
-        waiting = len(self.requests) - running
+        waiting = len(self._table) - running
         if waiting >= self.limits.max_waiting:
             self._tally.dropped["queue_full"] += 1
             raise OverloadedError(
@@ -155,10 +157,23 @@ class Scheduler:
 
     def schedule(self, now: float) -> Plan | None:
         """The next step, or None if nothing can run."""
+        for request in self._overdue(now):
+            self._cut(request, now)
+        return self._next(now)
+
+    def ahead(self, plan: Plan, now: float) -> Plan | None:
+        """The step after `plan`, which runs until `now` and was given to `beside`; to be launched behind it, then `update`
+        books `plan`. None: it cannot be planned before. Whoever turns out to have ended runs a row in vain."""
+        assert plan.step == self._booked
+        if self.decider.wants_confidence or not ahead.can_follow(plan, self.requests) or self._overdue(now):
+            return None
+        for request in ahead.expect_tokens(plan, self.requests):
+            self._leave(request)
+        return self._next(now)
+
+    def _next(self, now: float) -> Plan | None:
         self._refuse_decided()
-        if self._cutting:
-            self._cut_overdue(now)
-        if not self.requests:
+        if not len(self._table):
             return None
         if self.decider.must_ask:
             self._ask(now)
@@ -168,28 +183,28 @@ class Scheduler:
             self.decider.note(urgent=True)
             return None
         self._before = {part.request_id: part for part in parts}
-        self._running_plan = None
         self._tally.steps += 1
         self.decider.step_ran()
-        return Plan(self._tally.steps, tuple(parts), getattr(self.policy, "wants_confidence", False))
+        return Plan(self._tally.steps, tuple(parts), self.decider.wants_confidence)
 
     def beside(self, plan: Plan, now: float) -> None:
         """What need not wait for the end of a running plan: book its K/V, as if they were there already (nobody reads them
         before the next step), ask the policy if its answer is out of date, and lay out the next step's single rows. May
         be called from another thread while the runner works; `update` calls it if nobody did."""
-        if self._running_plan is plan:
+        if plan.step <= self._booked:
             return
-        self._running_plan = plan
+        self._booked = plan.step
         for part in plan.sequences:
-            request = self.requests.get(part.request_id)
+            request = owner_of(part, self.requests)
             if request is None:
                 continue
+            assert part.tokens[part.stop - 1] != PENDING, "the step before is to be booked first"
             if part.spans[0].start < part.watermark[0]:
                 refilled = sum(span.num_rows for span in part.spans if span.start < part.watermark[0])
                 request.refilled_tokens += refilled
                 self._tally.refilled_tokens += refilled
             self.kv.advance(request.kv, request.tokens, part.exit, part.spans, states=part.keep_states)
-        if self.requests and self.decider.may_ask(now):
+        if len(self._table) and self.decider.may_ask(now):
             self._ask(now, {part.request_id for part in plan.sequences if part.sample is not None})
         self._assembly.lay_out(plan.sequences)
 
@@ -217,9 +232,9 @@ class Scheduler:
     def _repeated(self) -> list[SequencePlan] | None:
         """The last step's rows, each a token further, if all of them can go on so and nobody else could join them; None if
         the step has to be planned anew. What was reserved for it until then is found there."""
-        rows, count = self._repeatable, len(self.requests)
+        rows, count = self._repeatable, len(self._table)
         if self._ended:
-            rows = self._repeatable = [pair for pair in rows if pair[0].id in self.requests]
+            rows = self._repeatable = [pair for pair in rows if not pair[0].left]
             self._ended = False
         sitting_out = int((self._table.decided[:count] < 0).sum())
         if not rows or (len(rows) + sitting_out < count and len(rows) < self._max_running):
@@ -289,16 +304,19 @@ class Scheduler:
                 )
             )
 
-    def _cut_overdue(self, now: float) -> None:
-        """Budget policy `cut`: stop where one more step, of the shape that runs now, would come too late."""
+    def _overdue(self, now: float) -> list[Request]:
+        """Budget policy `cut`: those for whom one more step, of the shape that runs now, would come too late."""
+        if not self._cutting:
+            return []
         forecast = self._forecast()
-        for request in list(self._cutting.values()):
-            if forecast.too_late(request, now):
-                request.cut = True
-                if request.first_row is None:
-                    submodel = self.ladder.entries[first_place(request)].id
-                    self._pending.append(AcceptedEvent(request.id, submodel, None, False))
-                self._pending.append(self._finish(request, "length", now))
+        return [request for request in self._cutting.values() if forecast.too_late(request, now)]
+
+    def _cut(self, request: Request, now: float) -> None:
+        request.cut = True
+        if request.first_row is None:
+            submodel = self.ladder.entries[first_place(request)].id
+            self._pending.append(AcceptedEvent(request.id, submodel, None, False))
+        self._pending.append(self._finish(request, "length", now))
 
     def _refuse_decided(self) -> None:
         """Strict requests that the policy gave up, unless they are gone: for now, their clients may come back."""
@@ -329,7 +347,7 @@ class Scheduler:
         self.beside(plan, now)
         events = self.take_events()
         for part, gave in zip(plan.sequences, result.sequences, strict=True):
-            request = self.requests.get(part.request_id)
+            request = owner_of(part, self.requests)
             if request is None:
                 continue
             ending = self._books.book(request, part, gave, now, events)
@@ -349,20 +367,27 @@ class Scheduler:
 
     def _end(self, request: Request) -> None:
         del self.requests[request.id]
+        if not request.left:
+            self._leave(request)
+        if self._on_end is not None:
+            self._on_end(request.id)
+
+    def _leave(self, request: Request) -> None:
+        """Nothing of it will be planned any more. What still runs of it may write to the pages that it gives back: whoever
+        gets them writes later, and reads nothing that it did not write."""
+        request.left = True
+        request.running = False
         self._cutting.pop(request.id, None)
         self._table.remove(request)
         self._ended = True
         self.decider.note()
         self.kv.free(request.kv)
-        request.running = False
-        if self._on_end is not None:
-            self._on_end(request.id)
 
     # ---- inspection
 
     def stats(self) -> EngineStats:
         """A snapshot."""
-        return self._tally.stats(self.requests.values(), self.kv)
+        return self._tally.stats(self._table.requests, self.kv)
 
     def predict(self, prompt_tokens: int) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id; nothing if unmeasured."""

@@ -34,6 +34,8 @@ from tests.kernels.gpu.interpreter import round_fp8_rightly
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MUST_HAPPEN = (
+    "planned ahead",
+    "surplus row",
     "partial refill",
     "depth change inside a prompt",
     "refill and decode in one segment call",
@@ -75,6 +77,8 @@ def run_one(
         products=Products(int8),
         fp8_kv=fp8_kv,
         dtype=dtype,
+        ahead=seed % 2 == 0,
+        stops=tuple(range(0, 101, 17)),
     )
     random_run(harness, rng, num_actions=num_actions)
     return harness.seen
@@ -109,6 +113,7 @@ def test_the_triton_kernels_are_as_if(
     place = harness.ladder.place
     moved = harness.submit([5, 6, 7], 3, place=place("d1-x48"), exact=False)
     harness.submit([8, 9], 2, place=harness.ladder.full, exact=False)
+    harness.ahead = True
     harness.checked_step()
     harness.policy.wanted[moved] = place("d3-x48")
     harness.finish()
@@ -261,6 +266,18 @@ def _tiles_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "_tiles", planted)
 
 
+def _token_of_a_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose token is still on the device take that of another one."""
+    find_late = CudaRunner._find_late
+
+    def planted(self, buffers, step):  # type: ignore[no-untyped-def]
+        count = find_late(self, buffers, step)
+        buffers.host["late_from"][:count] = np.roll(buffers.host["late_from"][:count], 1)
+        return count
+
+    monkeypatch.setattr(CudaRunner, "_find_late", planted)
+
+
 PLANTED: dict[str, tuple[CudaOptions, Callable[[pytest.MonkeyPatch], None]]] = {
     "padding rows write K/V": (PADDED, _padding_writes),
     "stale page table": (PADDED, _stale_page_table),
@@ -268,6 +285,7 @@ PLANTED: dict[str, tuple[CudaOptions, Callable[[pytest.MonkeyPatch], None]]] = {
     "leavers lost": (PADDED, _leavers_lost),
     "states of another row": (PADDED, _states_of_another_row),
     "tiles too short": (EAGER, _tiles_too_short),
+    "token of a neighbour": (PADDED, _token_of_a_neighbour),
 }
 
 

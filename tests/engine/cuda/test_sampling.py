@@ -48,8 +48,12 @@ def test_tokens_are_the_cpus(kind: str) -> None:
     if len(set(places)) < len(places):
         places = list(range(1, len(rows) + 1))
     expected = Sampler(VOCAB).sample(logits[places], rows)
-    found = DeviceSampler(VOCAB).launch(output_of(logits), places, rows)()
+    drawn = DeviceSampler(VOCAB).launch(output_of(logits), places, rows)
+    found = drawn.tokens()
     assert [token for token, _ in found] == [token for token, _ in expected]
+    left = [(int(drawn.ids[place]), known) for place, known in zip(places, drawn.known, strict=True)]
+    assert [known for _, known in left] == [row.params.plain and row.params.logprobs is None for row in rows]
+    assert all(token == told for (token, known), (told, _) in zip(left, found, strict=True) if known)
     for (_, mine), (_, other) in zip(found, expected, strict=True):
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:
@@ -60,6 +64,6 @@ def test_logits_that_are_not_finite_end_the_step() -> None:
     logits = torch.zeros(3, VOCAB)
     logits[1, 5] = torch.nan
     rows = [SamplingRow(SamplingParams(temperature=0.0), 0, 0)] * 3
-    tokens = DeviceSampler(VOCAB).launch(output_of(logits), [0, 1, 2], rows)
+    tokens = DeviceSampler(VOCAB).launch(output_of(logits), [0, 1, 2], rows).tokens
     with pytest.raises(AssertionError, match=r"rows \[1\]"):
         tokens()

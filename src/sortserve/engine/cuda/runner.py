@@ -3,6 +3,8 @@
     plan -> arrays (rows.py) -> one copy to the device -> a call per segment (graphs.py, forward.py) -> head -> sampling
     -> `Launched.result` waits once, for the ids
 
+The next step may be launched before that: rows whose token is PENDING take it from the ids that this one leaves behind.
+
 All tensors may as well lie on the CPU, where Triton's interpreter runs the kernels; that is for tests.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,20 +24,18 @@ from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.forward import Forward, HeadOutput, new_pool
 from sortserve.engine.cuda.graphs import Replay, buckets_for
 from sortserve.engine.cuda.rows import RowLayout, StepCounts, StepRows
-from sortserve.engine.cuda.sampling import DeviceSampler
+from sortserve.engine.cuda.sampling import DeviceSampler, Drawn
 from sortserve.engine.cuda.tables import PageTables
 from sortserve.engine.cuda.weights import DeviceWeights
 from sortserve.engine.drawing import Drawing
 from sortserve.engine.pages import KVGeometry
-from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
-from sortserve.engine.sampler import SampledToken, Sampler
+from sortserve.engine.plan import PENDING, Plan, SequencePlan, SequenceResult, StepResult
+from sortserve.engine.sampler import Sampler
 from sortserve.engine.settings import SettingsTable
 from sortserve.kernels.gpu.attention import AttentionScratch, rows_per_tile
 
 if TYPE_CHECKING:  # llguidance need not be installed where only steps are measured
     from sortserve.engine.grammar import Grammars
-
-Tokens = Callable[[], list[SampledToken]]
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,14 @@ class _Step:
     """A step whose rows are in `buffers`. `padded`: to be run by the graphs' calls."""
 
     counts: StepCounts
+    late: int  # rows whose token the step before draws
     buffers: StepBuffers
     padded: bool
     tile_rows: int
 
 
 class CudaRunner:
-    """Runs steps on one device. One step at a time: `launch`, then its `result`, then the next."""
+    """Runs steps on one device, in the order of their launches."""
 
     def __init__(
         self,
@@ -114,6 +116,8 @@ class CudaRunner:
         self._eos = eos_token_ids
         self._grammars = grammars
         self._grown = self._buffers(256)
+        self._ids = torch.empty(0, dtype=torch.int64, device=self._device)  # that the last step leaves behind
+        self._id_of: dict[str, int] = {}  # by request
         self.graphs: Replay | None = None
         if not options.eager:
             self.graphs = Replay(padded, self._buffers(buckets[-1]), buckets, capture=options.capture)
@@ -130,17 +134,16 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Returns when everything is launched; the device may still be at it."""
-        began = time.perf_counter()
+        seconds = _stopwatch(self._device)
         rows, step = self._prepare(plan)
         self._run_segments(step)
+        self._id_of = {}
         finish = self._launch_head(rows, step, plan.confidence)
-        done = _record(self._device)
+        taken = seconds()
 
         def wait() -> StepResult:
-            if done is not None:
-                done.synchronize()
-            results = finish()
-            return StepResult(results, time.perf_counter() - began)
+            step_seconds = taken()  # waits
+            return StepResult(finish(), step_seconds)
 
         return Launched(wait)
 
@@ -165,8 +168,19 @@ class CudaRunner:
             buffers, tile_rows = self._enough(len(rows)), self._tile_rows if rows.longest_run > 1 else 1
         buffers.clear()
         counts = self._layout.fill(buffers.host, buffers.rows, rows, self._tables, tile_rows)
+        late = self._find_late(buffers, rows)
         buffers.upload()
-        return rows, _Step(counts, buffers, padded, tile_rows)
+        return rows, _Step(counts, late, buffers, padded, tile_rows)
+
+    def _find_late(self, buffers: StepBuffers, rows: StepRows) -> int:
+        """Say where rows find their token that the step before draws; how many there are."""
+        host, starting = buffers.host, np.flatnonzero(rows.first == 0)
+        late = np.flatnonzero(host["tokens"][: len(starting)] == PENDING)
+        host["late_row"][: len(late)] = late
+        owners = rows.part[starting[late]].tolist()
+        host["late_from"][: len(late)] = [self._id_of[rows.parts[owner].request_id] for owner in owners]
+        host["tokens"][late] = 0
+        return len(late)
 
     def _enough(self, rows: int) -> StepBuffers:
         """Buffers for that many rows; larger ones in place of the old where they do not do."""
@@ -176,6 +190,10 @@ class CudaRunner:
 
     def _run_segments(self, step: _Step) -> None:
         counts, buffers = step.counts, step.buffers
+        if step.late:
+            index = buffers.device
+            ids = self._ids.index_select(0, index["late_from"][: step.late])
+            index["tokens"].index_copy_(0, index["late_row"][: step.late], ids)
         if counts.entrants:
             self._eager.load_states(counts.entrants, self._layout.state_pieces, buffers)
         for segment, (rows, tiles) in enumerate(zip(counts.segments, counts.tiles, strict=True)):
@@ -232,13 +250,16 @@ class CudaRunner:
     ) -> Callable[[], dict[str, SequenceResult]]:
         """A token for each of the sequences from its row of `output`, or why there is none."""
         drawing = Drawing.of(sampling, self._grammars, self._eos)
-        tokens: Tokens = self._sampler.launch(output, drawing.places, drawing.rows)
+        drawn: Drawn = self._sampler.launch(output, drawing.places, drawing.rows)
+        self._ids = drawn.ids
+        there = zip(drawing.names, drawing.places, drawn.known, strict=True)
+        self._id_of = {name: place for name, place, known in there if known}
         sure = _host_copy(output.logprobs) if confidence else None
 
         def finish() -> dict[str, SequenceResult]:
             results = dict(drawing.failed)
             shares = None if sure is None else sure.exp().tolist()
-            for name, place, (token, logprob) in zip(drawing.names, drawing.places, tokens(), strict=True):
+            for name, place, (token, logprob) in zip(drawing.names, drawing.places, drawn.tokens(), strict=True):
                 share = None if shares is None else shares[place]
                 results[name] = SequenceResult(token, logprob, confidence=share)
             return results
@@ -246,13 +267,30 @@ class CudaRunner:
         return finish
 
 
-def _record(device: torch.device) -> torch.cuda.Event | None:
-    """A mark after everything launched so far; None where calls have ended when they return."""
+def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Started now; called, it stops after all that is launched until then, and what it returns waits for that and gives the
+    seconds. On a GPU they begin when the device has come to where it was started: with the end of the step before."""
     if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+        began = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - began
+            return lambda: seconds
+
+        return stop
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    first.record()
+
+    def stop_device() -> Callable[[], float]:
+        last.record()
+
+        def wait() -> float:
+            last.synchronize()
+            return float(first.elapsed_time(last)) / 1e3
+
+        return wait
+
+    return stop_device
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

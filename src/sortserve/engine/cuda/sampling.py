@@ -4,9 +4,11 @@ The definition is the sampler's (engine/sampler.py), random numbers included, so
 CPU up to the last bit of a float32 exponential:
 
     greedy             the argmax that the head has computed already
-    top-k up to 64     the k best logits go to the host, where the CPU's own code draws among them
+    top-k up to 64     the same among the k best logits, in the order of their ids
     other plain rows   weights, nucleus and inverse cumulative sum on the device, in float64 like the CPU's
     the rest           bias, penalties, grammar, log-probabilities: the row's logits go to the host
+
+All but the last stay on the device too, where the next step's rows may start from them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,6 @@ from sortserve.engine.sampler import (
     SampledToken,
     SamplingRow,
     draw,
-    draw_among,
     token_logprob,
     uniform,
 )
@@ -33,42 +34,50 @@ from sortserve.kernels.gpu.sampling import MOST_K, top_k
 class Sorted:
     """Which rows (numbers into `SamplingRow`s) are served how."""
 
-    few: list[int]  # top-k on the host among few
+    few: list[int]  # on the device among a few
     drawn: list[int]  # on the device
     whole: list[int]  # the row's logits go to the host
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens on their way. `tokens` must be called after the device has done what was launched."""
+
+    tokens: Callable[[], list[SampledToken]]
+    ids: Tensor  # int64 [rows of logits], on the device
+    known: list[bool]  # by drawn row: whether its token is in `ids`, at the row of its logits
+
+
 class DeviceSampler:
-    """Draws a token for each row. `launch` waits for nothing; the function it returns must be called after the device has
-    done what was launched, and gives the tokens."""
+    """Draws a token for each row. `launch` waits for nothing."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
-    def launch(
-        self, output: HeadOutput, places: Sequence[int], rows: Sequence[SamplingRow]
-    ) -> Callable[[], list[SampledToken]]:
+    def launch(self, output: HeadOutput, places: Sequence[int], rows: Sequence[SamplingRow]) -> Drawn:
         """`places[i]` is the row of `output` that rows[i] draws from."""
         kinds = self._sort(rows)
-        ids, logprobs = _to_host(output.ids), _to_host(output.logprobs)
-        few = self._launch_few(output.logits, [places[i] for i in kinds.few], [rows[i] for i in kinds.few])
-        drawn = _launch_drawn(output.logits, [places[i] for i in kinds.drawn], [rows[i] for i in kinds.drawn])
+        drawn = output.ids.clone()  # the output's are the next step's as well
+        for chosen, draw_rows in ((kinds.few, self._draw_few), (kinds.drawn, _draw)):
+            if chosen:
+                index = _index([places[i] for i in chosen], drawn.device)
+                drawn.index_copy_(0, index, draw_rows(output.logits.index_select(0, index), [rows[i] for i in chosen]))
+        ids, logprobs = _to_host(drawn), _to_host(output.logprobs)
         whole = _to_host(_rows(output.logits, [places[i] for i in kinds.whole]).float()) if kinds.whole else None
 
         def tokens() -> list[SampledToken]:
             finite = np.isfinite(logprobs.numpy())
             if not finite.all():
                 raise AssertionError(f"logits of rows {np.flatnonzero(~finite).tolist()} are not finite")
-            best = ids.tolist()
-            result: list[SampledToken] = [(best[place], None) for place in places]
-            for i, token in [*zip(kinds.few, few(), strict=True), *zip(kinds.drawn, drawn(), strict=True)]:
-                result[i] = (token, None)
+            found = ids.tolist()
+            result: list[SampledToken] = [(found[place], None) for place in places]
             for number, i in enumerate(kinds.whole):
                 assert whole is not None
                 result[i] = _on_host(whole[number].numpy(), rows[i])
             return result
 
-        return tokens
+        looked_at = set(kinds.whole)
+        return Drawn(tokens, drawn, [i not in looked_at for i in range(len(rows))])
 
     def _sort(self, rows: Sequence[SamplingRow]) -> Sorted:
         kinds = Sorted([], [], [])
@@ -80,29 +89,24 @@ class DeviceSampler:
                 (kinds.few if 0 < params.top_k <= MOST_K else kinds.drawn).append(i)
         return kinds
 
-    def _launch_few(
-        self, logits: Tensor, places: Sequence[int], rows: Sequence[SamplingRow]
-    ) -> Callable[[], list[int]]:
-        if not rows:
-            return list
-        most = min(max(row.params.top_k for row in rows), self._vocab_size)
-        values, ids = (_to_host(tensor) for tensor in top_k(_rows(logits, places), most))
-
-        def tokens() -> list[int]:
-            best, of_best = ids.numpy(), values.float().numpy()
-            return [
-                draw_among(best[i, : row.params.top_k], of_best[i, : row.params.top_k], row)
-                for i, row in enumerate(rows)
-            ]
-
-        return tokens
+    def _draw_few(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """Among the k best of each row, in the order of their ids, as the CPU draws."""
+        values, ids = top_k(logits, min(max(row.params.top_k for row in rows), self._vocab_size))
+        order = ids.argsort(dim=1)
+        values, ids = values.float().gather(1, order), ids.gather(1, order)
+        places = draw_on_device(values, _parameters(rows, values), narrowed=True)
+        return ids.gather(1, places[:, None])[:, 0].long()
 
 
-def _launch_drawn(logits: Tensor, places: Sequence[int], rows: Sequence[SamplingRow]) -> Callable[[], list[int]]:
-    """Rows that are drawn on the device: temperature, top-k, top-p, min-p and one uniform number each."""
-    if not rows:
-        return list
-    parameters = torch.tensor(
+def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Rows that are drawn among all tokens: temperature, top-k, top-p, min-p and one uniform number each."""
+    narrowed = any(row.params.top_p < 1.0 or 0 < row.params.top_k < logits.shape[1] for row in rows)
+    return draw_on_device(logits.float(), _parameters(rows, logits), narrowed=narrowed)
+
+
+def _parameters(rows: Sequence[SamplingRow], logits: Tensor) -> Tensor:
+    """What `draw_on_device` takes for rows of these logits."""
+    return torch.tensor(
         [
             (
                 max(row.params.temperature, MIN_TEMPERATURE),
@@ -116,9 +120,6 @@ def _launch_drawn(logits: Tensor, places: Sequence[int], rows: Sequence[Sampling
         dtype=torch.float64,
         pin_memory=logits.is_cuda,
     ).to(logits.device, non_blocking=True)
-    narrowed = any(row.params.top_p < 1.0 or 0 < row.params.top_k < logits.shape[1] for row in rows)
-    ids = _to_host(draw_on_device(_rows(logits, places).float(), parameters, narrowed=narrowed))
-    return ids.tolist
 
 
 def draw_on_device(logits: Tensor, parameters: Tensor, *, narrowed: bool) -> Tensor:
@@ -148,11 +149,15 @@ def draw_on_device(logits: Tensor, parameters: Tensor, *, narrowed: bool) -> Ten
 
 
 def _rows(logits: Tensor, places: Sequence[int]) -> Tensor:
-    """Those rows, without waiting: a list of numbers goes over from pinned memory."""
+    """Those rows."""
     if list(places) == list(range(logits.shape[0])):
         return logits
-    index = torch.tensor(list(places), pin_memory=logits.is_cuda)
-    return logits.index_select(0, index.to(logits.device, non_blocking=True))
+    return logits.index_select(0, _index(places, logits.device))
+
+
+def _index(places: Sequence[int], device: torch.device) -> Tensor:
+    """A list of numbers on the device, without waiting: it goes over from pinned memory."""
+    return torch.tensor(list(places), pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

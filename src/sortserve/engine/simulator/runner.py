@@ -8,6 +8,7 @@ simulated, and a request that asks for them ends with an error.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from sortserve.engine.cost import CostTable
 from sortserve.engine.estimates import shape_of_parts
@@ -21,8 +22,20 @@ from sortserve.engine.submodel import ModelShape
 _MULTIPLIER = 2654435761  # Knuth's: neighbouring seeds and positions give unrelated tokens
 
 
+@dataclass(frozen=True, slots=True)
+class SimulatedStep:
+    """A step of a device that works on its own."""
+
+    wait: Callable[[], StepResult]
+
+    def result(self) -> StepResult:
+        """Its result; waits until it is over."""
+        return self.wait()
+
+
 class SimulatedRunner:
-    """Runs nothing. `cost` is what steps take, known beforehand: no warm-up is needed."""
+    """Runs nothing. `cost` is what steps take, known beforehand: no warm-up is needed. Like a GPU it works beside the host,
+    one step after the other."""
 
     def __init__(
         self,
@@ -37,6 +50,7 @@ class SimulatedRunner:
         self._vocab_size = vocab_size
         self._eos = frozenset(eos_token_ids)
         self._sleep = sleep
+        self._free_at = 0.0  # when the last step launched will be over
 
     @classmethod
     def of(cls, device: str, shape: ModelShape, ladder: Ladder, eos_token_ids: tuple[int, ...]) -> "SimulatedRunner":
@@ -46,14 +60,23 @@ class SimulatedRunner:
 
     def run(self, plan: Plan) -> StepResult:
         """One step: wait, then a token for each sequence that wants one."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: Plan) -> SimulatedStep:
+        """A step that begins now, or when the one before it is over."""
         began = time.perf_counter()
         results = tuple(
             SequenceResult(None) if part.sample is None else self._token(part.sample, plan.confidence)
             for part in plan.sequences
         )
         seconds = float(self.cost.seconds(shape_of_parts(self._rungs, plan.sequences)))
-        self._sleep(max(0.0, seconds - (time.perf_counter() - began)))
-        return StepResult(results, seconds)
+        ends = self._free_at = max(began, self._free_at) + seconds
+
+        def wait() -> StepResult:
+            self._sleep(max(0.0, ends - time.perf_counter()))
+            return StepResult(results, seconds)
+
+        return SimulatedStep(wait)
 
     def _token(self, spec: SampleSpec, confidence: bool) -> SequenceResult:
         if spec.params.grammar is not None or spec.params.logprobs is not None:
