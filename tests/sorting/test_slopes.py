@@ -55,24 +55,6 @@ def test_losses_are_half_of_the_slopes_beyond_and_drawn_to_the_mean(toy: Decoder
     assert losses[:, 2].tolist() == [0.0] * 6
 
 
-def test_the_order_beyond_heeds_slopes_by_a_quarter(toy: Decoder, toy_domains: list[Domain]) -> None:
-    slopes = Slopes(toy, list(batches(toy_domains[0], 64)))
-    before = slopes.at(40)
-    orders = slopes.order_beyond(40)
-    for row, order in zip(before, orders, strict=True):
-        assert order[:40].tolist() == list(range(40))
-        by_slope = row[40:].argsort(descending=True).tolist()
-        score = {40 + place: by_slope.index(place) + 3 * place for place in range(24)}
-        moved = [score[neuron] for neuron in order[40:].tolist()]
-        assert moved == sorted(moved)
-    # what is kept of the slopes is what they are once the decoder's neurons were moved
-    kept = slopes.losses((40, 50, 64))
-    for layer, order in zip(toy.layers, orders, strict=True):
-        layer.permute_ffn(order)
-    again = Slopes(toy, list(batches(toy_domains[0], 64))).losses((40, 50, 64))
-    torch.testing.assert_close(torch.tensor(kept), torch.tensor(again), atol=1e-6, rtol=1e-3)
-
-
 def test_a_layer_that_matters_less_is_narrowed(toy: Decoder, toy_domains: list[Domain]) -> None:
     """Layer 2's neurons hardly add to anything, so the others get what it has."""
     toy.layers[2].down *= 0.01

@@ -5,11 +5,6 @@ the 0.5B model what they allocated was no better than one width. Here all layers
 and one pass back gives the derivative of KL by every neuron beyond it, on as much text as importance looks at. Near there
 KL is nearly a quadratic form of what is left out (the slopes of the neurons beyond sum to 2.4 times KL, where 2 would be
 exact; those of the neurons that run to nearly nothing), so half of a slope is what a neuron's absence costs.
-
-Slopes also put neurons in a better order. One neuron's slope is noise for the most part, but it sees what importance
-cannot, that others are gone as well. On the 0.5B model at 53, 68 and 84 % of the neurons, one width for all, KL on other
-text was 0.69, 0.34 and 0.14 with importance alone, 0.64, 0.33 and 0.13 with a quarter of the rank by slope, 0.65, 0.41
-and 0.17 with half of it, 0.73, 0.57 and 0.29 by slope alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,8 +16,6 @@ from sortserve.engine.submodel import SubModel
 from sortserve.sorting.compare import kl_divergence, predicting
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.texts import Batch
-
-SLOPE_SHARE = 0.25
 
 
 class Slopes:
@@ -39,21 +32,6 @@ class Slopes:
                 hidden = decoder.run(batch.tokens, full)[places[:, 0], places[:, 1]]
                 self._texts.append((batch.tokens, places, hidden))
         self.num_rows = sum(len(places) for _, places, _ in self._texts)
-        self._sorted: tuple[int, Tensor] | None = None  # a width and what `at` would find there
-
-    def order_beyond(self, width: int) -> list[Tensor]:
-        """Where to put each layer's neurons, which importance has sorted: the first `width` stay, those beyond go by rank, a
-        quarter of it by slope. The caller must permute the decoder's so."""
-        slopes = self.at(width)
-        places = torch.arange(width, slopes.shape[1])
-        orders = []
-        for row in slopes:
-            by_slope = row[width:].argsort(descending=True, stable=True).argsort()
-            rank = by_slope * SLOPE_SHARE + torch.arange(len(places)) * (1 - SLOPE_SHARE)
-            orders.append(torch.cat([torch.arange(width), places[rank.argsort(stable=True)]]))
-        # the same neurons run as before, so slopes only move along
-        self._sorted = (width, slopes.gather(1, torch.stack(orders)))
-        return orders
 
     def at(self, width: int) -> Tensor:
         """By how much KL falls per unit of every neuron, float32 [layers, neurons] in nats, where all layers run their
@@ -88,8 +66,7 @@ class Slopes:
         own height: on the 0.5B model KL of what was allocated at 55 % of the neurons was 0.67 without that, 0.59 with it.
         """
         assert widths[-1] == self._decoder.config.shape.ffn_width, widths
-        known = {} if self._sorted is None else dict([self._sorted])
-        lost = (known[widths[0]] if widths[0] in known else self.at(widths[0])).double() / 2
+        lost = self.at(widths[0]).double() / 2
         own = torch.stack([lost[:, width:].sum(1) for width in widths], 1)
         mean = own.mean(0)
         height = own[:, :1] / mean[0].clamp_min(1e-12)

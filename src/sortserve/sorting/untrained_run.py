@@ -72,18 +72,14 @@ def sort_untrained(plan: Plan, progress: Progress) -> Measurement:
     importance = measure_importance(decoder, data, plan.seed)
     orders = importance.order()
     _permute(decoder, orders, data[0], progress)
-    importance = importance.sorted_by(orders)
-    slopes = None
-    if "widths" in plan.methods and plan.budgets:
-        slopes = Slopes(
-            decoder, [one for domain in calibration for one in batches(domain.first(SLOPE_TOKENS), LARGEST_BATCH)]
-        )
-        moved = slopes.order_beyond(_levels(decoder.config.shape, plan, min(plan.budgets))[0])
-        _permute(decoder, moved, data[0], progress)
-        importance = importance.sorted_by(moved)
-        orders = [order[move] for order, move in zip(orders, moved, strict=True)]
-    until = started + SEARCH_SHARE * plan.seconds
-    candidates = find_candidates(decoder, importance, slopes, calibration, plan, until=until, progress=progress)
+    candidates = find_candidates(
+        decoder,
+        importance.sorted_by(orders),
+        calibration,
+        plan,
+        until=started + SEARCH_SHARE * plan.seconds,
+        progress=progress,
+    )
     candidates += exits_of(plan.model, decoder.config.shape)
     progress(f"searched; measuring {len(candidates)} sub-models")
     found = measure(decoder, held_out, candidates, pairs=plan.pairs, progress=progress)
@@ -110,21 +106,19 @@ def exits_of(model: Path, shape: ModelShape) -> list[Candidate]:
 def find_candidates(
     decoder: Decoder,
     importance: Importance,
-    slopes: Slopes | None,
     calibration: Sequence[Domain],
     plan: Plan,
     *,
     until: float,
     progress: Progress,
 ) -> list[Candidate]:
-    """Sub-models by every method of the plan; searches share the time until `until`. Neurons must be sorted; without slopes
-    no widths are searched."""
+    """Sub-models by every method of the plan; searches share the time until `until`. Neurons must be sorted."""
     texts = mixed_batches(calibration, SEARCH_TOKENS, max(SEARCH_ROUNDS))
     rounds = [min(count, len(texts)) for count in SEARCH_ROUNDS]
     fitness = KLFitness(decoder, texts, rounds, SEARCH_STRIDE)
     jobs: list[tuple[str, Space, list[SubModel]]] = []
-    if slopes is not None:
-        jobs += _width_jobs(decoder.config.shape, importance, slopes, plan, progress)
+    if "widths" in plan.methods:
+        jobs += _width_jobs(decoder, importance, calibration, plan, progress)
     candidates, drop_jobs = _drop_candidates(decoder, texts, plan)
     jobs += drop_jobs
     for place, (method, space, starts) in enumerate(jobs):
@@ -138,9 +132,12 @@ def find_candidates(
 
 
 def _width_jobs(
-    shape: ModelShape, importance: Importance, slopes: Slopes, plan: Plan, progress: Progress
+    decoder: Decoder, importance: Importance, calibration: Sequence[Domain], plan: Plan, progress: Progress
 ) -> list[tuple[str, Space, list[SubModel]]]:
     """A search per budget, started from one width and from the allocations by slopes and by importance."""
+    shape = decoder.config.shape
+    data = [batch for domain in calibration for batch in batches(domain.first(SLOPE_TOKENS), LARGEST_BATCH)]
+    slopes = Slopes(decoder, data)
     jobs = []
     for share in plan.budgets:
         budget = int(share * shape.num_layers * shape.ffn_width)
