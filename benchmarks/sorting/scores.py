@@ -6,6 +6,7 @@ token; per pair of entries, one for prompts and one for answers, loss and agreem
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -73,7 +74,7 @@ def _least_kept(entry: Entry, full: Entry) -> float:
     return min(kept, default=1.0)
 
 
-def _told(domains: dict[str, Figures]) -> str:
+def _told(domains: Mapping[str, Figures]) -> str:
     return ", ".join(f"{name} {one.loss.value:.2f} {one.agreement.value:.0%}" for name, one in domains.items())
 
 
