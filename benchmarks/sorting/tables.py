@@ -3,14 +3,15 @@
     python -m benchmarks.sorting.tables SORTED --held-out NAME=PATH ... [--stages widths,drop]
 
 SORTED is a folder written by `sortserve sort MODEL --no-training`. Stage `widths`: the ladder's searched widths, against one
-width for all layers and against whole layers dropped evenly (Unified Layer Skipping) at the same weight bytes or more. Stage
+width for all layers and against whole layers dropped evenly (Unified Layer Skipping) at the same weight bytes or more; and
+against one width of neurons sorted by what they add on the first calibration source alone, such as books. Stage
 `drop`: 25 % of sub-layers, by Unified Layer Skipping, LLM-Drop, LIM, ZD, and EvoPress that starts from them. Prints
 tables, writes benchmarks/results/untrained_STAGE.json.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.common import report
@@ -21,14 +22,16 @@ from sortserve.sorting import layer_drop
 from sortserve.sorting.compare import Sums, Variant, compare
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.fitness import KLFitness
+from sortserve.sorting.importance import measure_importance
 from sortserve.sorting.ladder_cli import Told
 from sortserve.sorting.machine import dtype_of, keep_freed_memory
 from sortserve.sorting.quality import by_loss
 from sortserve.sorting.search import Settings, Space, evolve
-from sortserve.sorting.texts import Domain, built_in, load_domains, mixed_batches
+from sortserve.sorting.texts import Domain, batches, built_in, load_domains, mixed_batches
 
 DROPPED = 0.25  # of sub-layers
 Row = tuple[str, SubModel]
+Measured = tuple[str, SubModel, dict[str, Sums]]
 
 
 def main() -> None:
@@ -51,14 +54,19 @@ def main() -> None:
     for stage in asked.stages.split(","):
         started = time.monotonic()
         figures: dict[str, object] = {}
+        calibration = load_domains(
+            asked.calibration or built_in("calibration"), tokenizer, window=256, tokens=768, seed=asked.seed
+        )
         if stage == "widths":
             rows = width_rows(asked.model, decoder.config.shape)
         else:
-            calibration = load_domains(
-                asked.calibration or built_in("calibration"), tokenizer, window=256, tokens=768, seed=asked.seed
-            )
             rows, figures = drop_rows(decoder, calibration, asked.search_seconds)
-        _report(stage, decoder, held_out, rows, {**figures, "seconds_before_measuring": time.monotonic() - started})
+        figures["seconds_before_measuring"] = time.monotonic() - started
+        shape = decoder.config.shape
+        results = measure(decoder, held_out, [("full", SubModel.full(shape)), *rows])
+        if stage == "widths":
+            results += measure(decoder, held_out, sorted_by(calibration[0], decoder, rows))
+        _report(stage, shape, held_out, results, figures)
 
 
 def width_rows(model: Path, shape: ModelShape) -> list[Row]:
@@ -122,32 +130,49 @@ def drop_rows(decoder: Decoder, calibration: Sequence[Domain], seconds: float) -
     return [*rows, found_rows[0], joint, found_rows[1]], figures
 
 
+def sorted_by(domain: Domain, decoder: Decoder, rows: Sequence[Row]) -> list[Row]:
+    """The rows of one width again, after the decoder's neurons were sorted by what they add on one domain: root mean square
+    of the activation x norm of the column."""
+    importance = measure_importance(decoder, batches(domain, 512))
+    for layer, scores in zip(decoder.layers, importance.activation, strict=True):
+        layer.permute_ffn(scores.argsort(descending=True, stable=True))
+    return [(f"{domain.name} alone: {name}", submodel) for name, submodel in rows if name.startswith("one width")]
+
+
+def measure(decoder: Decoder, held_out: Sequence[Domain], rows: Sequence[Row]) -> list[Measured]:
+    """Each row's sums by domain."""
+    sums = compare(decoder, held_out, [Variant(submodel) for _, submodel in rows], progress=Told())
+    return [(name, submodel, one) for (name, submodel), one in zip(rows, sums, strict=True)]
+
+
 def _report(
-    stage: str, decoder: Decoder, held_out: Sequence[Domain], rows: Sequence[Row], figures: dict[str, object]
+    stage: str,
+    shape: ModelShape,
+    held_out: Sequence[Domain],
+    results: Sequence[Measured],
+    figures: dict[str, object],
 ) -> None:
-    shape = decoder.config.shape
-    full = SubModel.full(shape)
-    named = [("full", full), *rows]
-    results = compare(decoder, held_out, [Variant(submodel) for _, submodel in named], progress=Told())
-    full_bytes = full.cost(shape).weight_bytes
+    """Of results whose first is the full model's: print a table, write a file."""
+    full_bytes = SubModel.full(shape).cost(shape).weight_bytes
     domains = [domain.name for domain in held_out]
     print(
-        f"{'':36s} {'bytes':>6s} {'quality':>8s}  " + "  ".join(f"{name + ': loss, same, KL':>28s}" for name in domains)
+        f"{'':42s} {'bytes':>6s} {'quality':>8s}  " + "  ".join(f"{name + ': loss, same, KL':>28s}" for name in domains)
     )
     table = []
-    for (name, submodel), sums in zip(named, results, strict=True):
+    for name, submodel, sums in results:
         share = submodel.cost(shape).weight_bytes / full_bytes
-        quality = by_loss(sums, results[0])
+        quality = by_loss(sums, results[0][2])
         told = {domain: sums[domain].figures() for domain in domains}
         cells = "  ".join(
             f"{one.loss.value:12.3f} {one.agreement.value:6.3f} {one.kl.value:8.3f}" for one in told.values()
         )
-        print(f"{name:36s} {share:6.1%} {quality.value:8.3f}  {cells}")
+        print(f"{name:42s} {share:6.1%} {quality.value:8.3f}  {cells}")
         table.append(
             {
                 "name": name,
                 "bytes_share": round(share, 4),
                 "quality": [quality.value, quality.low, quality.high],
+                "mean_kl": round(mean_kl(sums), 4),
                 "widths": list(submodel.widths),
                 "skip_attention": list(submodel.skip_attention),
                 "domains": {
@@ -161,15 +186,16 @@ def _report(
         )
     figures |= {"tokens": {domain.name: domain.num_scored for domain in held_out}, "rows": table}
     figures["data_sha256"] = {domain.name: domain.digest for domain in held_out}
-    report(f"untrained_{stage}", figures, _checks(stage, named, results))
+    report(f"untrained_{stage}", figures, _checks(stage, {name: mean_kl(sums) for name, _, sums in results}))
 
 
-def _checks(stage: str, named: Sequence[Row], results: Sequence[dict[str, Sums]]) -> dict[str, bool]:
+def mean_kl(sums: Mapping[str, Sums]) -> float:
+    """Nats per token from the full model, the mean over domains."""
+    return sum(float(one.kl.sum() / one.tokens.sum()) for one in sums.values()) / len(sums)
+
+
+def _checks(stage: str, kl: Mapping[str, float]) -> dict[str, bool]:
     """What must hold, by mean KL over domains."""
-    kl = {
-        name: sum(float(one.kl.sum() / one.tokens.sum()) for one in sums.values()) / len(sums)
-        for (name, _), sums in zip(named, results, strict=True)
-    }
     if stage == "drop":
         best = min(kl[name] for name in kl if name not in ("full",) and "EvoPress" not in name and "joint" not in name)
         return {
@@ -181,6 +207,8 @@ def _checks(stage: str, named: Sequence[Row], results: Sequence[dict[str, Sums]]
         if f"one width, for {name}" in kl:
             checks[f"{name}: better than one width"] = kl[name] < kl[f"one width, for {name}"]
             checks[f"{name}: better than layers dropped"] = kl[name] < kl[f"layers, for {name}"]
+            alone = [key for key in kl if key.endswith(f"alone: one width, for {name}")]
+            checks[f"{name}: better than one width sorted on one domain"] = all(kl[name] < kl[key] for key in alone)
     return checks
 
 

@@ -152,21 +152,15 @@ def test_losses_by_importance_are_tails() -> None:
     assert widths.losses_by_importance(importance, (2, 4, 1)) == [[6.0, 3.0, 0.0]]
 
 
-def test_the_profile_narrows_one_layer_at_a_time(toy: Decoder, toy_domains: list[Domain]) -> None:
-    fitness = KLFitness(toy, mixed_batches(toy_domains, 30, 1))
-    losses = widths.profile(Space((16, 64), 6), fitness)
-    assert [row[1] for row in losses] == [0.0] * 6
-    one = SubModel.make(6, [64, 64, 64, 16, 64, 64])
-    assert losses[3][0] == pytest.approx(fitness(one))
-    assert min(row[0] for row in losses) > 0
-
-
 def test_levels_are_multiples_of_128_where_that_is_fine_enough() -> None:
     wide = ModelShape(24, 896, 4864, 14, 2, 64, 1000)
     assert widths.levels(wide, (0.25, 0.5, 0.75)) == (1280, 2432, 3584, 4864)
     assert widths.levels(SHAPE, (0.0, 0.25)) == (0, 16, 64)
     with pytest.raises(SortingError, match="1 to 4"):
         widths.levels(wide, (0.2, 0.4, 0.6, 0.8))
+    assert widths.fine_levels(wide, 0.8) == (*range(3840, 4864, 128), 4864)
+    assert widths.fine_levels(SHAPE, 0.8) == (52, 56, 60, 64)
+    assert widths.fine_levels(SHAPE, 0.01)[0] == 4
     assert widths.uniform(wide, 24 * 2500).widths == (2432,) * 24
     assert widths.uniform(SHAPE, 6 * 33 + 5).widths == (33,) * 6
 

@@ -173,18 +173,21 @@ def _can_switch(space: Space, genome: Genome, kind: str) -> bool:
 
 
 def _switch_ffn(space: Space, genome: Genome, budget: int, rng: random.Random) -> Genome:
-    """One layer down a level, another one up. Levels may be unequal steps, so the sum may fall, but never pass the budget
-    (a few tries; else nothing changes)."""
+    """One layer down a level, another one up; by several where levels are fine. They may be unequal steps, so the sum may
+    fall, but never pass the budget (a few tries; else nothing changes)."""
     top = len(space.widths) - 1
+    most = 1 + top // 5
     for _ in range(20):
+        step = min(rng.randint(1, most), rng.randint(1, most))
         down = rng.choice([layer for layer, level in enumerate(genome.levels) if level > 0])
         raisable = [layer for layer, level in enumerate(genome.levels) if level < top and layer != down]
         if not raisable:
             continue
         up = rng.choice(raisable)
         levels = list(genome.levels)
-        levels[down] -= 1
-        levels[up] += 1
+        step = min(step, levels[down], top - levels[up])
+        levels[down] -= step
+        levels[up] += step
         child = replace(genome, levels=tuple(levels))
         if space.neurons(child) <= budget:
             return child

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budgets", default="85,70,55", metavar="PERCENT,...", help="of FFN neurons, searched; default: 85,70,55")
     add(
         "--levels",
-        default="25,50,75",
+        default="",
         metavar="PERCENT,...",
-        help="widths a layer may have besides 100; default: 25,50,75",
+        help="widths a layer may have besides 100; default: any multiple of 128, with over three budgets 25,50,75",
     )
     add("--drop", default="12.5", metavar="PERCENT,...", help="of sub-layers, for methods that drop; default: 12.5")
     add("--methods", default="widths,evopress", help=f"of {', '.join(METHODS)}; default: widths,evopress")

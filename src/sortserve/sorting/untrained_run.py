@@ -26,10 +26,13 @@ from sortserve.sorting.machine import dtype_of, keep_freed_memory
 from sortserve.sorting.measuring import Candidate, Measurement, measure
 from sortserve.sorting.permute import folder_bytes, write_permuted
 from sortserve.sorting.search import Settings, Space, evolve
+from sortserve.sorting.slopes import Slopes
 from sortserve.sorting.texts import Batch, Domain, batches, built_in, load_domains, mixed_batches
 
 Progress = Callable[[str], None]
 SEARCH_SHARE = 0.65  # of the time: what is after that is for measuring and writing
+NARROWEST = 0.8  # of a budget: no layer is narrower, and there slopes are measured
+SLOPE_TOKENS = 512  # of each domain: a pass over 1,600 tokens takes 45 s of one core on the 0.5B model
 SEARCH_TOKENS = 96  # of each text that searches look at
 SEARCH_ROUNDS = (1, 3)  # batches of one text per domain in the first and the last round
 SEARCH_STRIDE = 3  # every third row gets logits
@@ -48,7 +51,7 @@ class Plan:
     held_out_tokens: int = 512  # per source
     window: int = 256
     budgets: tuple[float, ...] = (0.85, 0.7, 0.55)  # of FFN neurons
-    levels: tuple[float, ...] = (0.25, 0.5, 0.75)  # widths of a layer, besides 1
+    levels: tuple[float, ...] = ()  # widths of a layer, besides 1; empty: any multiple of 128, of each layer its own
     drop: tuple[float, ...] = (0.125,)  # of sub-layers
     methods: tuple[str, ...] = ("widths", "evopress")
     pairs: int = 2
@@ -110,13 +113,12 @@ def find_candidates(
     progress: Progress,
 ) -> list[Candidate]:
     """Sub-models by every method of the plan; searches share the time until `until`. Neurons must be sorted."""
-    shape = decoder.config.shape
     texts = mixed_batches(calibration, SEARCH_TOKENS, max(SEARCH_ROUNDS))
     rounds = [min(count, len(texts)) for count in SEARCH_ROUNDS]
     fitness = KLFitness(decoder, texts, rounds, SEARCH_STRIDE)
     jobs: list[tuple[str, Space, list[SubModel]]] = []
     if "widths" in plan.methods:
-        jobs += _width_jobs(shape, importance, fitness, plan, progress)
+        jobs += _width_jobs(decoder, importance, calibration, plan, progress)
     candidates, drop_jobs = _drop_candidates(decoder, texts, plan)
     jobs += drop_jobs
     for place, (method, space, starts) in enumerate(jobs):
@@ -130,23 +132,35 @@ def find_candidates(
 
 
 def _width_jobs(
-    shape: ModelShape, importance: Importance, fitness: KLFitness, plan: Plan, progress: Progress
+    decoder: Decoder, importance: Importance, calibration: Sequence[Domain], plan: Plan, progress: Progress
 ) -> list[tuple[str, Space, list[SubModel]]]:
-    """A search per budget, started from the allocations by measured losses of layers and by importance."""
-    space = Space(widths.levels(shape, plan.levels), shape.num_layers)
-    measured = widths.profile(space, lambda submodel: fitness(submodel, 0), lambda line: progress(f"profile: {line}"))
-    added_up = widths.losses_by_importance(importance.fisher, space.widths)
+    """A search per budget, started from one width and from the allocations by slopes and by importance."""
+    shape = decoder.config.shape
+    data = [batch for domain in calibration for batch in batches(domain.first(SLOPE_TOKENS), LARGEST_BATCH)]
+    slopes = Slopes(decoder, data)
     jobs = []
     for share in plan.budgets:
         budget = int(share * shape.num_layers * shape.ffn_width)
-        if budget < space.widths[0] * shape.num_layers:
-            raise SortingError(f"a budget of {share:.0%} is under the narrowest level, {space.widths[0]} neurons")
-        starts = [widths.allocate(losses, space.widths, budget) for losses in (measured, added_up)]
+        levels = _levels(shape, plan, share)
+        if budget < levels[0] * shape.num_layers:
+            raise SortingError(f"a budget of {share:.0%} is under the narrowest level, {levels[0]} neurons")
+        by_slope, fisher = slopes.losses(levels), widths.losses_by_importance(importance.fisher, levels)
+        # half of Fisher information is nats of KL, too: two measurements of one thing are less noisy than one
+        both = [[a + b / 2 for a, b in zip(*rows, strict=True)] for rows in zip(by_slope, fisher, strict=True)]
+        starts = [widths.allocate(losses, levels, budget) for losses in (by_slope, both, fisher)]
         even = widths.uniform(shape, budget)
-        if even.widths[0] in space.widths:
+        if even.widths[0] in levels:
             starts.append(even)
-        jobs.append(("widths", space, starts))
+        jobs.append(("widths", Space(levels, shape.num_layers), starts))
+        progress(f"slopes at {levels[0]} of {shape.ffn_width} neurons: {slopes.num_rows} rows")
     return jobs
+
+
+def _levels(shape: ModelShape, plan: Plan, share: float) -> tuple[int, ...]:
+    """The widths that a layer may have. More than three budgets share few, so that a layer has at most four blocks."""
+    if plan.levels or len(plan.budgets) > 3:
+        return widths.levels(shape, plan.levels or (0.25, 0.5, 0.75))
+    return widths.fine_levels(shape, NARROWEST * share)
 
 
 def _drop_candidates(
@@ -209,7 +223,7 @@ def _permute(decoder: Decoder, orders: Sequence[torch.Tensor], batch: Batch, pro
     """Sort the decoder's neurons, and tell how little that changed: sums are only added in another order."""
     full = SubModel.full(decoder.config.shape)
     rows = slice(None, 64)
-    with torch.inference_mode():
+    with torch.no_grad():  # tensors made in inference mode could not be differentiated through
         before = decoder.logits(decoder.run(batch.tokens[:1], full)[0, rows]).log_softmax(-1)
         for layer, order in zip(decoder.layers, orders, strict=True):
             assert bool((order.sort().values == torch.arange(len(order))).all()), "not a permutation"

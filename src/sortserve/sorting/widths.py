@@ -1,18 +1,17 @@
 """Widths that differ by layer: where a search starts.
 
 What a layer loses at a width is either added up from the importance of its neurons beyond it (they are sorted), or
-measured with this layer narrowed alone (`profile`). `allocate` spends a budget of neurons so that the least is lost in
-all. Losses of layers do not really add up; the search corrects that.
+from slopes (`slopes`). `allocate` spends a budget of neurons so that the least is lost in all. Losses of layers do
+not quite add up; the search corrects that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor
 
 from sortserve.engine.errors import SortingError
 from sortserve.engine.submodel import ModelShape, SubModel
-from sortserve.sorting.search import Space
 
 STEP = 128  # neurons; widths are multiples of it where the FFN is wide enough
 
@@ -32,27 +31,20 @@ def levels(shape: ModelShape, shares: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted(widths))
 
 
+def fine_levels(shape: ModelShape, narrowest: float) -> tuple[int, ...]:
+    """Every multiple of 128 from about this share of the FFN on, of a 16th where it is too narrow; the full width is last.
+
+    A layer's blocks end at the widths that the ladder's entries have there, whatever other layers have: with three
+    budgets and the full width that is four blocks at most, so levels may be as fine as the kernels like.
+    """
+    step = STEP if shape.ffn_width >= 4 * STEP else max(1, shape.ffn_width // 16)
+    first = max(step, round(narrowest * shape.ffn_width / step) * step)
+    return (*range(first, shape.ffn_width, step), shape.ffn_width)
+
+
 def losses_by_importance(importance: Tensor, widths: Sequence[int]) -> list[list[float]]:
     """What each layer loses at each width: the importance of the neurons beyond it, importance [layers, neurons]."""
     return [[float(row[width:].sum()) for width in sorted(widths)] for row in importance.double()]
-
-
-def profile(
-    space: Space, fitness: Callable[[SubModel], float], progress: Callable[[str], None] | None = None
-) -> list[list[float]]:
-    """What each layer costs at each width while all others stay whole, by measuring it: [layers][widths]."""
-    full = space.widths[-1]
-    losses = []
-    for layer in range(space.num_layers):
-        row = []
-        for width in space.widths[:-1]:
-            widths = [full] * space.num_layers
-            widths[layer] = width
-            row.append(fitness(SubModel.make(space.num_layers, widths)))
-        losses.append([*row, 0.0])
-        if progress is not None:
-            progress(f"layer {layer + 1} of {space.num_layers}")
-    return losses
 
 
 def allocate(losses: Sequence[Sequence[float]], widths: Sequence[int], budget: int) -> SubModel:
