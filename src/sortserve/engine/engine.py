@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -18,6 +19,7 @@ from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost import StepShape
 from sortserve.engine.cost_model import CostModel
+from sortserve.engine.depth_head import DepthHead
 from sortserve.engine.errors import NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
@@ -131,6 +133,7 @@ class Engine:
                 max_model_len,
                 model_config.eos_token_ids,
                 grammars,
+                _depth_head(path, ladder),
             )
         info = EngineInfo(
             model=config.model_name,
@@ -237,6 +240,7 @@ class Engine:
             max_running=config.max_running,
             max_step_tokens=config.max_step_tokens,
             max_model_len=self.info.max_model_len,
+            confidence=getattr(scheduler.policy, "wants_confidence", False),
         )
         about = {
             "model": config.model_name,
@@ -248,6 +252,7 @@ class Engine:
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
             "torch": str(torch.__version__),
+            "signals": repr(self.info.ladder.depth_head) if profiler.confidence else "",
         }
         table, was_cached = fitted(about, profiler.fit, use_cache=config.profile_cache)
         cost = CostModel(table)
@@ -301,6 +306,14 @@ def _check_weights(config: EngineConfig) -> None:
             "int8 weights need a processor with VNNI (AVX512-VNNI or AVX-VNNI); start without --weights int8",
             param="weights",
         )
+
+
+def _depth_head(ladder_path: Path, ladder: Ladder) -> DepthHead | None:
+    """The head that the ladder names, from the file beside it."""
+    if ladder.depth_head is None:
+        return None
+    path = ladder_path.with_name(ladder.depth_head.file)
+    return DepthHead.load(path, ladder.num_segments, ladder.shape.hidden_size)
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:

@@ -40,6 +40,7 @@ class Request:
     last_token: float | None = None
     cut: bool = False
     confidence: float = math.nan  # maximum probability of the last token at its exit, where the policy asks for it
+    within: tuple[float, ...] | None = None  # by exit: whether the next token needs none deeper, by the depth head
 
     @property
     def id(self) -> str:
