@@ -43,7 +43,7 @@ class Books:
             request.first_token = now
         request.last_token = now
         if gave.confidence is not None:
-            request.confidence = gave.confidence
+            request.confidence, request.within = gave.confidence, gave.within
         submodel = self._ids[part.submodel]
         self._tally.generated[submodel] += 1
         events.append(TokenEvent(part.request_id, token, submodel, now, gave.logprob, request.refilled_tokens))

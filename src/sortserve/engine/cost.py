@@ -108,3 +108,15 @@ class CostTable:
     def _ffn_of_one(self) -> Floats:
         """[1] the FFN of a single row: what reading its weights takes."""
         return self._at(self.ffn, np.ones(1))
+
+
+SIGNALS_SHARE = 0.01
+"""Of a layer at full width, by rows sampled: what the depth head may cost at most."""
+
+
+def with_signals(cost: StepCost) -> StepCost:
+    """A table of steps whose depth head is read at every token, from one of steps where it is not. Other kinds of cost
+    stay as they are: what was measured with the signals has them. Their softmax reads logits that sampling reads anyway."""
+    if not isinstance(cost, CostTable):
+        return cost
+    return replace(cost, head=cost.head + SIGNALS_SHARE * (cost.layer + cost.ffn))

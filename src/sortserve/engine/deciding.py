@@ -43,11 +43,16 @@ class Decider:
     @property
     def must_ask(self) -> bool:
         """Whether the next step waits for the policy."""
-        return self._urgent or self.ask_every == 1
+        return self._urgent or self._asks_each_step
 
     def may_ask(self, now: float) -> bool:
         """Whether the last answer is out of date, so that it is worth asking beside a running step."""
-        return self.ask_every > 1 and (self._stale or self.steps >= self.ask_every or now >= self._until)
+        return not self._asks_each_step and (self._stale or self.steps >= self.ask_every or now >= self._until)
+
+    @property
+    def _asks_each_step(self) -> bool:
+        # signals of the last token are for the next one
+        return self.ask_every == 1 or bool(getattr(self.policy, "wants_confidence", False))
 
     def step_ran(self) -> None:
         """One more step by the last answer."""

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,6 +14,7 @@ from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, KV_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost_model import CostModel
+from sortserve.engine.depth_head import DepthHead
 from sortserve.engine.errors import NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
@@ -130,6 +132,7 @@ class Engine:
                 max_model_len,
                 model_config.eos_token_ids,
                 grammars,
+                _depth_head(path, ladder),
             )
         info = EngineInfo(
             model=config.model_name,
@@ -196,6 +199,7 @@ class Engine:
             max_running=config.max_running,
             max_step_tokens=config.max_step_tokens,
             max_model_len=self.info.max_model_len,
+            confidence=getattr(scheduler.policy, "wants_confidence", False),
         )
         about = {
             "model": config.model_name,
@@ -208,6 +212,7 @@ class Engine:
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
             "torch": str(torch.__version__),
+            "signals": repr(self.info.ladder.depth_head) if profiler.confidence else "",
         }
         table, was_cached = fitted(about, profiler.fit, use_cache=config.profile_cache)
         cost = CostModel(table)
@@ -267,6 +272,14 @@ def _check_formats(config: EngineConfig) -> None:
             "int8 weights need a processor with VNNI (AVX512-VNNI or AVX-VNNI); start without --weights int8",
             param="weights",
         )
+
+
+def _depth_head(ladder_path: Path, ladder: Ladder) -> DepthHead | None:
+    """The head that the ladder names, from the file beside it."""
+    if ladder.depth_head is None:
+        return None
+    path = ladder_path.with_name(ladder.depth_head.file)
+    return DepthHead.load(path, ladder.num_segments, ladder.shape.hidden_size)
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:

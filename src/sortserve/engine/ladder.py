@@ -11,10 +11,10 @@ from pathlib import Path
 
 from sortserve.engine import ladder_file
 from sortserve.engine.errors import LadderError, NotFoundError
-from sortserve.engine.ladder_file import Figures, Measured, Pair, Quality, Score
+from sortserve.engine.ladder_file import DepthHeadEntry, Figures, Measured, Pair, Quality, Score
 from sortserve.engine.submodel import Cost, ModelShape, SubModel
 
-__all__ = ["Entry", "Figures", "Ladder", "Measured", "Pair", "Quality", "Score"]
+__all__ = ["DepthHeadEntry", "Entry", "Figures", "Ladder", "Measured", "Pair", "Quality", "Score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class Ladder:
     entries: tuple[Entry, ...]
     measured: Measured | None = None
     pairs: tuple[Pair, ...] = ()
+    depth_head: DepthHeadEntry | None = None  # for these very exits: a ladder made anew has none
 
     def __post_init__(self) -> None:
         ids = [entry.id for entry in self.entries]
@@ -63,6 +64,7 @@ class Ladder:
         entries: Sequence[Entry],
         measured: Measured | None = None,
         pairs: Sequence[Pair] = (),
+        depth_head: DepthHeadEntry | None = None,
     ) -> "Ladder":
         """A ladder of `entries` in order of cost; the full model is added if it is not among them."""
         full = SubModel.full(shape)
@@ -72,7 +74,7 @@ class Ladder:
         # ties by depth: of two entries that read the same bytes the deeper one is the better candidate
         kept.sort(key=lambda entry: (entry.submodel != full, entry.submodel.cost(shape), entry.submodel.depth))
         kept = kept[1:] + kept[:1]
-        return cls(shape, tuple(kept), measured, tuple(pairs))
+        return cls(shape, tuple(kept), measured, tuple(pairs), depth_head)
 
     @classmethod
     def default(cls, shape: ModelShape, width_percents: Sequence[int] = (75, 100)) -> "Ladder":
@@ -107,7 +109,7 @@ class Ladder:
             except ValueError as error:
                 raise LadderError(f"{path}: entries[{place}]: {error}") from error
         try:
-            return cls.of(shape, entries, file.measured, file.pairs)
+            return cls.of(shape, entries, file.measured, file.pairs, file.depth_head)
         except LadderError as error:
             raise LadderError(f"{path}: {error.message}") from error
 
@@ -132,7 +134,9 @@ class Ladder:
                 )
             )
         shape = self.shape
-        ladder_file.write(path, shape.num_layers, shape.ffn_width, entries, self.measured, list(self.pairs))
+        ladder_file.write(
+            path, shape.num_layers, shape.ffn_width, entries, self.measured, list(self.pairs), self.depth_head
+        )
 
     @cached_property
     def exits(self) -> tuple[int, ...]:
@@ -185,6 +189,12 @@ class Ladder:
     def default_floor(self) -> int:
         """Place of the smallest entry not marked `degraded`: the floor of a request with a budget."""
         return next(place for place, entry in enumerate(self.entries) if not entry.degraded)
+
+    @cached_property
+    def dearest(self) -> tuple[int, ...]:
+        """By exit: the place of the costliest entry that stops there."""
+        depths = [entry.submodel.depth for entry in self.entries]
+        return tuple(max(place for place, own in enumerate(depths) if own == depth) for depth in self.exits)
 
     def place(self, submodel_id: str, *, param: str = "submodel") -> int:
         """Place of an entry by id. Raises NotFoundError that lists the ids there are."""

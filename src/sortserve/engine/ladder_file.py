@@ -77,6 +77,20 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     seconds: float = 0.0  # wall time of measuring
 
 
+class DepthHeadEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The head that foretells how deep the next token must run, in a file beside this one, and how good it was on text
+    that it was neither fitted nor calibrated on."""
+
+    file: str
+    layer_share: float  # what a row reads of it over what a layer has
+    loss: float  # nats per token, of the exit that the next token needs
+    loss_blind: float  # the same without looking: every token gets the mean distribution
+    calibration_error: float  # mean distance of told and true probabilities, in ten bins of equal number
+    tokens: int  # fitted on
+    data: str = ""
+    command: str = ""
+
+
 class FileEntry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One entry as written; see docs/ladder.md."""
 
@@ -110,6 +124,7 @@ class File(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     entries: list[FileEntry]
     measured: Measured | None = None
     pairs: list[Pair] = []
+    depth_head: DepthHeadEntry | None = None
 
 
 def read(path: Path) -> File:
@@ -125,6 +140,8 @@ def read(path: Path) -> File:
         file = msgspec.json.decode(content, type=File)
         if header.version == 1:
             _check_version_1(path, content)
+        if file.depth_head is not None and Path(file.depth_head.file).name != file.depth_head.file:
+            raise LadderError(f"{path}: depth_head.file is {file.depth_head.file!r}, must be a name without a folder")
     except OSError as error:
         raise LadderError(f"{path}: {error.strerror}") from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -139,9 +156,10 @@ def write(
     entries: list[FileEntry],
     measured: Measured | None,
     pairs: list[Pair],
+    depth_head: DepthHeadEntry | None = None,
 ) -> None:
     """Write the file as `read` reads it."""
-    file = File(FORMAT, VERSION, num_layers, ffn_width, entries, measured, pairs)
+    file = File(FORMAT, VERSION, num_layers, ffn_width, entries, measured, pairs, depth_head)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
 
 
@@ -155,5 +173,6 @@ def _check_version_1(path: Path, content: bytes) -> None:
         new = sorted(set(found) & set(_SINCE_2[kind]))
         if new:
             raise LadderError(f'{path}: {place} has {new[0]!r}, a key of version 2; write "version": 2')
-    if "pairs" in raw:
-        raise LadderError(f"{path}: 'pairs' is a key of version 2; write \"version\": 2")
+    for name in ("pairs", "depth_head"):
+        if name in raw:
+            raise LadderError(f'{path}: {name!r} is a key of version 2; write "version": 2')

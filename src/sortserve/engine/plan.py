@@ -94,7 +94,7 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
 
     step: int
     sequences: tuple[SequencePlan, ...]
-    confidence: bool = False  # whether the maximum probability of each token drawn is wanted
+    confidence: bool = False  # whether it is wanted how sure each token drawn is, and how deep the next one must run
 
     @property
     def num_rows(self) -> int:
@@ -110,6 +110,7 @@ class SequenceResult(msgspec.Struct, frozen=True, gc=False):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the plan's `successors`
     error: str | None = None  # why the request's grammar lets no token follow; then there is none
     confidence: float | None = None  # probability of the most probable token; None: the plan did not ask
+    within: tuple[float, ...] | None = None  # by exit: probability that the next token needs none deeper; None: no head
 
 
 class StepResult(msgspec.Struct, frozen=True, gc=False):

@@ -42,8 +42,11 @@ class Profiler:
         max_running: int,
         max_step_tokens: int,
         max_model_len: int,
+        confidence: bool = False,
     ) -> None:
+        """`confidence`: the steps that are to be priced have their signals read, as `Plan.confidence` says."""
         self._run = run
+        self.confidence = confidence
         self._kv = kv
         self._settings = settings
         self._rungs = rungs
@@ -125,7 +128,7 @@ class Profiler:
         return self._plan([self._part(place, 0, each, sampled, number) for number in range(rows // each)])
 
     def _plan(self, parts: Sequence[SequencePlan]) -> Plan:
-        return Plan(0, tuple(parts))
+        return Plan(0, tuple(parts), self.confidence)
 
     def _part(self, place: int, start: int, stop: int, sampled: bool, number: int = 0) -> SequencePlan:
         geometry, exit = self._kv.geometry, self._settings.exits[place]

@@ -42,6 +42,7 @@ class Request:
     cut: bool = False
     left: bool = False  # nothing of it will run any more; its last token may still be on its way
     confidence: float = math.nan  # maximum probability of the last token at its exit, where the policy asks for it
+    within: tuple[float, ...] | None = None  # by exit: whether the next token needs none deeper, by the depth head
     # whether it can go on before the host has seen its last token: nothing else is asked for, nor does it change the logits
     goes_on_unseen: bool = field(init=False)
 

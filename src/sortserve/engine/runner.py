@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sortserve.engine.batch import BatchBuilder, Run, SegmentBatch
 from sortserve.engine.config import ModelConfig
+from sortserve.engine.depth_head import DepthHead
 from sortserve.engine.drawing import Drawing
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.model import Model
@@ -33,6 +34,7 @@ class Runner:
         max_model_len: int,
         eos_token_ids: tuple[int, ...] = (),
         grammars: Grammars | None = None,
+        depth_head: DepthHead | None = None,
     ) -> None:
         dtype = weights.embedding.dtype
         self._geometry = geometry
@@ -44,6 +46,7 @@ class Runner:
         self._sampler = Sampler(config.shape.vocab_size)
         self._eos = eos_token_ids
         self._grammars = grammars
+        self._depth_head = depth_head
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> StepResult:
@@ -122,9 +125,8 @@ class Runner:
         ]
         results = self._sample(logits, sampling)
         if plan.confidence and sampling:
-            sure = confidences(logits[[row for _, row in sampling]])
-            for (part, _), share in zip(sampling, sure, strict=True):
-                results[part.request_id] = msgspec.structs.replace(results[part.request_id], confidence=share)
+            rows = [row for _, row in sampling]
+            self._note_signals(results, sampling, torch.cat(hidden)[rows], confidences(logits[rows]))
         for place, part in enumerate(asking):
             if part.prompt_logprobs is not None:
                 own = logits[first_rows[place] : first_rows[place + 1]]
@@ -133,6 +135,27 @@ class Runner:
                     result, prompt_logprobs=self._prompt_logprobs(part, own)
                 )
         return tuple(results.get(part.request_id, SequenceResult(None)) for part in plan.sequences)
+
+    def _note_signals(
+        self,
+        results: dict[str, SequenceResult],
+        sampling: list[tuple[SequencePlan, int]],
+        states: Tensor,
+        sure: list[float],
+    ) -> None:
+        """Add to the results how sure each drawn token was and, by the depth head, how deep the next one must run.
+        `states` [sampling, hidden] are before the final norm."""
+        tokens = [results[part.request_id].token for part, _ in sampling]
+        within: list[tuple[float, ...] | None] = [None] * len(sampling)
+        if self._depth_head is not None:
+            weights = self._model.weights
+            drawn = self._model.embed(torch.tensor([0 if token is None else token for token in tokens]))
+            exits = [part.exit - 1 for part, _ in sampling]
+            told = self._depth_head.within(exits, weights.final_norm(states), drawn).tolist()
+            within = [None if token is None else tuple(row) for token, row in zip(tokens, told, strict=True)]
+        for (part, _), share, row in zip(sampling, sure, within, strict=True):
+            result = results[part.request_id]
+            results[part.request_id] = msgspec.structs.replace(result, confidence=share, within=row)
 
     def _sample(self, logits: Tensor, sampling: list[tuple[SequencePlan, int]]) -> dict[str, SequenceResult]:
         """A token for each of the sequences from its row, or why there is none."""

@@ -135,6 +135,7 @@ class RequestTable:
             next_due=due[2],
             tokens_since_switch=num_output - moving[:, 5],
             confidence=confidence,
+            within=self._within(),
             steps=steps,
             starts=0.0 if traffic is None else traffic.rate(now),
             start_rows=0.0 if traffic is None else traffic.rows,
@@ -162,6 +163,14 @@ class RequestTable:
         none = float("nan")
         firsts = [none if request.first_token is None else request.first_token for request in self.requests]
         return np.array(firsts), np.array([request.confidence for request in self.requests], np.float64)
+
+    def _within(self) -> Floats | None:
+        """[n, exits] what the depth head said, NaN of whom it said nothing; None where it said nothing of anybody."""
+        told = [request.within for request in self.requests]
+        if not any(told):
+            return None
+        unknown = (float("nan"),) * self._rungs.num_segments
+        return np.array([unknown if each is None else each for each in told])
 
     def _look_up(self, place: Ints) -> None:
         """What the prefix cache holds for requests that have not run, for those looked up longest ago."""

@@ -70,6 +70,8 @@ class View:
     next_due: Floats  # [n] the nearest deadline: of the next token, or of the last one if that is nearer
     tokens_since_switch: Ints  # [n] output tokens since its sub-model changed last
     confidence: Floats  # [n] maximum probability of its last token at its exit; NaN before there is one
+    within: Floats | None = None  # [n, exits] probability that the next token needs no deeper exit, by a trained head;
+    # NaN where unknown; None: there is no head, or nobody has a token yet
     steps: int = 1  # steps run since the policy was asked last
     starts: float = 0.0  # requests that begin a second, of late
     start_rows: float = 0.0  # prompt rows of one of them, on average

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sortserve.engine.cost import StepCost, StepShape
+from sortserve.engine.cost import StepCost, StepShape, with_signals
 from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.policies.protocol import NEVER_RAN, Decision, Policy, Reason, View
 from sortserve.engine.rungs import Floats, Ints, Rungs
@@ -69,6 +69,8 @@ class Replica:
     """Serves what is submitted to it. `advance` until a time, `submit`, and so on; `records` has what came of it."""
 
     def __init__(self, config: ReplicaConfig, policy: Policy, workload: Workload, records: Records) -> None:
+        if getattr(policy, "wants_confidence", False):  # asked at each step, and its signals cost something
+            config = replace(config, cost=with_signals(config.cost), ask_every=1)
         rungs = config.rungs
         self.now = 0.0
         self.records = records
