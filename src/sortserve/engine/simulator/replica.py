@@ -225,7 +225,7 @@ class Replica:
         after = np.where(ran & runs, np.maximum(have.T, stop), live.computed.T)
         moved = live.exact & (live.place >= 0) & (place != live.place) & ran
         if moved.any():  # other widths below: what lies above them is worth nothing any more
-            lost = moved & (have.T < np.where(runs, live.computed.T, 0)).any(axis=0)
+            lost = moved & (np.where(runs, live.computed.T, 0) > have.T).any(axis=0)
             after[lost & ~runs] = 0
         return after.T
 
