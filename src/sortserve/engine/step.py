@@ -123,19 +123,21 @@ def shape_of(view: View, place: Ints, have: Ints, start: Ints, stop: Ints) -> St
     rungs, places = view.rungs, len(view.rungs.exits)
     ran = np.flatnonzero(stop > start)
     at, ends = place[ran], stop[ran]
+    runs = rungs.runs.astype(np.float64)
     by_place = np.bincount(at, minlength=places)
     share = rungs.share.take(at, axis=0)  # [ran, segments]
     # most have one row in every segment that they run: only the others are looked at one by one
     longer = np.flatnonzero(ends - start[ran] > 1)
     who = ran[longer]
     rows = _rows(rungs.runs[at[longer]], view.resumable[who], have[who], start[who], stop[who]).astype(np.float64)
+    single = by_place - np.bincount(at[longer], minlength=places)
     share[longer] *= rows
     pairs = np.where(rows <= 1, 0.0, rows * (ends[longer, None] - rows / 2))
     return StepShape(
-        (by_place - np.bincount(at[longer], minlength=places)) @ rungs.runs.astype(np.float64) + rows.sum(0),
+        single.astype(np.float64) @ runs + rows.sum(0),
         share.sum(0),
         np.where(by_place[:, None] > 0, rungs.share, 0.0).max(0, initial=0.0),
-        np.bincount(at, ends, places) @ rungs.runs.astype(np.float64),
+        np.bincount(at, ends, places) @ runs,
         pairs.sum(0),
         np.asarray(float(np.count_nonzero(ends == view.known[ran]))),
         kind_of(rows),
