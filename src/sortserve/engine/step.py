@@ -20,9 +20,11 @@ def held(view: View, place: Ints) -> Ints:
     rungs = view.rungs
     runs = rungs.runs.T.take(place, axis=1)  # [segments, n]: along requests numpy is several times as fast
     have = np.where(runs, view.computed.T, 0)
-    new = np.flatnonzero(view.place == NEVER_RAN)
-    have[:, new] = np.where(runs[:, new], view.cached[new, place[new]], 0)
-    moved = np.flatnonzero(view.exact & (view.place != NEVER_RAN) & (place != view.place))
+    fresh = view.place == NEVER_RAN
+    new = np.flatnonzero(fresh)
+    if len(new):
+        have[:, new] = np.where(runs[:, new], view.cached[new, place[new]], 0)
+    moved = np.flatnonzero((place != view.place) & view.exact & ~fresh)
     if len(moved):
         differs = rungs.settings[place[moved]] != rungs.settings[view.place[moved]]
         differs &= rungs.runs[place[moved]] & rungs.runs[view.place[moved]]

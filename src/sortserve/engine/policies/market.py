@@ -41,8 +41,8 @@ class Bids:
         shape = (len(prices), len(self._kept))
         place = np.zeros(shape, np.int64)
         most = np.full(shape, -np.inf)
-        values = self._worth[self._places, None] - prices[:, None] * self._cost[self._places, None]
-        for candidate, value in zip(self._places, values, strict=True):  # a handful; whole rows at a time
+        for candidate in self._places:  # a handful; whole rows at a time
+            value = self._worth[candidate] - prices[:, None] * self._cost[candidate]
             np.copyto(place, candidate, where=value > most)
             np.maximum(most, value, out=most)
         given_up = most + self._kept < 0

@@ -180,14 +180,15 @@ class Outlook:
         flat = (place + places * np.arange(candidates)[:, None]).ravel()
 
         def by_place(of: Ints, weights: Floats | None = None) -> Floats:
-            """[k, places] how many of these, indices of [k, n] laid flat, or the sum of their weights."""
-            sums = np.bincount(flat[of], weights, candidates * places)
+            """[k, places] how many are `of` a candidate and place, numbered in a row, or the sum of their weights."""
+            sums = np.bincount(of, weights, candidates * places)
             return sums.astype(np.float64, copy=False).reshape(candidates, places)
 
-        alone, queuing = np.flatnonzero(single), np.flatnonzero(queue)
-        singles = by_place(alone)
-        context = by_place(alone, self.known[alone % len(view)])
-        queued = by_place(queuing, queue.ravel()[queuing])
+        waiting = np.flatnonzero(queue)  # often few
+        queuing = flat[waiting]
+        singles = by_place(flat[single.ravel()])
+        context = by_place(flat, np.where(single, self.known, 0.0).ravel())
+        queued = by_place(queuing, queue.ravel()[waiting])
         chunk = queued * part[:, None] / self.depth  # [k, places] rows
         mean_context = (queue @ self.known) / (queue.sum(1) + 1e-9)  # whole numbers: exact in any order of adding
         joined = by_place(queuing)  # whose prompts are done one day
@@ -207,7 +208,7 @@ class Outlook:
         shape = StepShape(
             (rows @ runs).reshape(per_candidate),
             (rows @ rungs.share).reshape(per_candidate),
-            np.where((rows > 0)[:, :, None], rungs.share, 0.0).max(1).reshape(per_candidate),
+            np.where((rows > 0).T[:, :, None], rungs.share[:, None], 0.0).max(0).reshape(per_candidate),
             context @ runs,
             (pairs @ runs).reshape(per_candidate),
             singles.sum(1),
