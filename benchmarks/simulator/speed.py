@@ -17,7 +17,15 @@ from sortserve.engine.simulator.traces import Workload, read_trace
 def speed(folder: Path, policy: str, running: int, num_requests: int) -> dict[str, float | str]:
     """Closed loop with the conversation trace's lengths and budgets that hurt nobody: `running` requests all the time, a
     new one for each that ends. Processor time, so that other work on the machine does not count."""
-    config = replace(replica_config(MODEL, DEVICE), max_running=running, max_waiting=running)
+    config = replica_config(MODEL, DEVICE)
+    # memory and rows of prompts enough for so many to run at once
+    config = replace(
+        config,
+        max_running=running,
+        max_waiting=running,
+        step_tokens=8 * running,
+        kv=replace(config.kv, capacity=np.inf),
+    )
     trace = read_trace(folder / TRACES["conv"])
     picked = np.random.default_rng(0).integers(0, len(trace), num_requests)
     never = np.full(num_requests, np.inf)
@@ -27,17 +35,19 @@ def speed(folder: Path, policy: str, running: int, num_requests: int) -> dict[st
     workload = Workload(zeros.astype(np.float64), *lengths, never, never, late, zeros.astype(np.bool_), none, zeros)
     records = Records(workload, len(config.rungs.exits))
     replica = Replica(config, make_policy(policy, config.rungs), workload, records)
-    number, began, clock = 0, 0.0, 0.0
+    number, began = 0, None
     while number < num_requests:
         while number < num_requests and len(replica.live) < running:
             replica.submit(number)
             number += 1
-        if number >= running and not began and replica.live.running.all():
-            began, clock = time.process_time(), replica.now
         replica.advance(replica.now + 0.25)
+        if began is None and replica.live.running.all():  # before those that ended are replaced
+            began = time.process_time(), replica.now
+    assert began is not None, "they never ran all at once: more requests are needed"
+    seconds, virtual = time.process_time() - began[0], replica.now - began[1]
     return {
         "policy": policy,
         "running": running,
-        "real_time": (replica.now - clock) / (time.process_time() - began),
+        "real_time": virtual / seconds,
         "steps_per_second": sum(records.steps.values()) / replica.now,
     }

@@ -74,8 +74,9 @@ class CostTable:
         """What the seconds are the sum of: base and head [...], weights by segment [..., segments], K/V read [...], and
         pairs [...]."""
         rows, active = shape.rows, shape.rows > 0
+        beyond = bool(rows.max(initial=0.0) > self.buckets[-1])
         mean_share = shape.share / np.maximum(rows, 1.0)
-        weights = self.layers * self._at(self.layer, rows) + mean_share * self._at(self.ffn, rows)
+        weights = self.layers * self._at(self.layer, rows, beyond) + mean_share * self._at(self.ffn, rows, beyond)
         weights = weights + np.maximum(shape.widest - mean_share, 0.0) * self._ffn_of_one
         context = (self.layers * shape.context * active).sum(-1) * self.context_seconds
         pairs = (self.layers * shape.pairs * active).sum(-1) * self.pair_seconds
@@ -98,11 +99,10 @@ class CostTable:
         """Median times `spread`, [...]."""
         return self.seconds(shape) * self.spread
 
-    def _at(self, term: Floats, rows: Floats) -> Floats:
-        """A term at numbers of rows above 0, beyond the largest bucket in proportion."""
+    def _at(self, term: Floats, rows: Floats, beyond: bool = True) -> Floats:
+        """A term at numbers of rows above 0; beyond the largest bucket, where some may be, in proportion."""
         value: Floats = np.interp(rows, self.buckets, term)
-        beyond = rows > self.buckets[-1]
-        return np.where(beyond, term[-1] * rows / self.buckets[-1], value) if beyond.any() else value
+        return np.where(rows > self.buckets[-1], term[-1] * rows / self.buckets[-1], value) if beyond else value
 
     @cached_property
     def _ffn_of_one(self) -> Floats:

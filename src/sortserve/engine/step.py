@@ -20,9 +20,11 @@ def held(view: View, place: Ints) -> Ints:
     rungs = view.rungs
     runs = rungs.runs.T.take(place, axis=1)  # [segments, n]: along requests numpy is several times as fast
     have = np.where(runs, view.computed.T, 0)
-    new = np.flatnonzero(view.place == NEVER_RAN)
-    have[:, new] = np.where(runs[:, new], view.cached[new, place[new]], 0)
-    moved = np.flatnonzero(view.exact & (view.place != NEVER_RAN) & (place != view.place))
+    fresh = view.place == NEVER_RAN
+    new = np.flatnonzero(fresh)
+    if len(new):
+        have[:, new] = np.where(runs[:, new], view.cached[new, place[new]], 0)
+    moved = np.flatnonzero((place != view.place) & view.exact & ~fresh)
     if len(moved):
         differs = rungs.settings[place[moved]] != rungs.settings[view.place[moved]]
         differs &= rungs.runs[place[moved]] & rungs.runs[view.place[moved]]
@@ -123,16 +125,18 @@ def shape_of(view: View, place: Ints, have: Ints, start: Ints, stop: Ints) -> St
     rungs, places = view.rungs, len(view.rungs.exits)
     ran = np.flatnonzero(stop > start)
     at, ends = place[ran], stop[ran]
+    runs = rungs.runs.astype(np.float64)
     by_place = np.bincount(at, minlength=places)
     share = rungs.share.take(at, axis=0)  # [ran, segments]
     # most have one row in every segment that they run: only the others are looked at one by one
     longer = np.flatnonzero(ends - start[ran] > 1)
     who = ran[longer]
     rows = _rows(rungs.runs[at[longer]], view.resumable[who], have[who], start[who], stop[who]).astype(np.float64)
+    single = by_place - np.bincount(at[longer], minlength=places)
     share[longer] *= rows
     pairs = np.where(rows <= 1, 0.0, rows * (ends[longer, None] - rows / 2))
     return StepShape(
-        (by_place - np.bincount(at[longer], minlength=places)) @ rungs.runs.astype(np.float64) + rows.sum(0),
+        single.astype(np.float64) @ runs + rows.sum(0),
         share.sum(0),
         np.where(by_place[:, None] > 0, rungs.share, 0.0).max(0, initial=0.0),
         np.bincount(at, ends, places).astype(np.float64) @ rungs.runs.astype(np.float64),

@@ -153,8 +153,10 @@ class Outlook:
         first = steps * mixed[:, None]
         if wait is not None:
             first = first + wait * mixed[:, None]
-        beside = np.clip(num_steps - steps, 0.0, self.left - 1)  # tokens that come while the present queue lasts
-        last = first + beside * mixed[:, None] + (self.left - 1 - beside) * later[:, None]
+        to_come = self.left - 1
+        # tokens that come while the present queue lasts
+        beside = np.minimum(np.maximum(num_steps - steps, 0.0), to_come)
+        last = first + beside * mixed[:, None] + (to_come - beside) * later[:, None]
         if not takes_part.all():
             first[~takes_part] = np.inf
             last[~takes_part] = np.inf
@@ -180,16 +182,19 @@ class Outlook:
         candidates, places = len(place), len(rungs.exits)
         flat = (place + places * np.arange(candidates)[:, None]).ravel()
 
-        def by_place(weights: Floats) -> Floats:
-            sums: Floats = np.bincount(flat, weights.ravel(), candidates * places).astype(np.float64, copy=False)
-            return sums.reshape(candidates, places)
+        def by_place(of: Ints, weights: Floats | None = None) -> Floats:
+            """[k, places] how many are `of` a candidate and place, numbered in a row, or the sum of their weights."""
+            sums = np.bincount(of, weights, candidates * places)
+            return sums.astype(np.float64, copy=False).reshape(candidates, places)
 
-        singles = by_place(single.astype(np.float64))
-        context = by_place(np.where(single, self.known, 0.0))
-        queued = by_place(queue)
+        waiting = np.flatnonzero(queue)  # often few
+        queuing = flat[waiting]
+        singles = by_place(flat[single.ravel()])
+        context = by_place(flat, np.where(single, self.known, 0.0).ravel())
+        queued = by_place(queuing, queue.ravel()[waiting])
         chunk = queued * part[:, None] / self.depth  # [k, places] rows
-        mean_context = (queue * self.known).sum(1) / (queue.sum(1) + 1e-9)
-        joined = by_place((queue > 0).astype(np.float64))  # whose prompts are done one day
+        mean_context = (queue @ self.known) / (queue.sum(1) + 1e-9)  # whole numbers: exact in any order of adding
+        joined = by_place(queuing)  # whose prompts are done one day
         mix = singles + joined
         total = np.maximum(mix.sum(1, keepdims=True), 1.0)
         mix = mix / total
@@ -206,7 +211,7 @@ class Outlook:
         shape = StepShape(
             (rows @ runs).reshape(per_candidate),
             (rows @ rungs.share).reshape(per_candidate),
-            np.where((rows > 0)[:, :, None], rungs.share, 0.0).max(1).reshape(per_candidate),
+            np.where((rows > 0).T[:, :, None], rungs.share[:, None], 0.0).max(0).reshape(per_candidate),
             context @ runs,
             (pairs @ runs).reshape(per_candidate),
             singles.sum(1),

@@ -22,7 +22,7 @@ from sortserve.engine.policies.clock import Clock
 from sortserve.engine.policies.market import LEVELS, Bids, Market
 from sortserve.engine.policies.outlook import Forecast, Outlook
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Reason, View
-from sortserve.engine.rungs import Floats, Ints
+from sortserve.engine.rungs import Bools, Floats, Ints
 
 _PARTS = (1.0, 0.5, 0.25, 0.125)
 """Of the most rows that a step takes, for prompts and refills."""
@@ -122,10 +122,12 @@ class Slack:
         chunk = np.array([*(_PARTS[s.part] for s in (*settings, self._setting)), _FEW]) * view.step_tokens
         forecast = outlook.foresee(tried, chunk)
         waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
-        chosen = self._best(outlook, value, settings, forecast, np.where(dropped, SITS_OUT, place), waste)
+        margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
+        late = forecast.late(view, np.array([*margin, 1.0, 1.0]))
+        chosen = self._best(outlook, value, settings, late[:-2], np.where(dropped, SITS_OUT, place), waste[:-2])
         self._setting = settings[chosen]
         self.clock.note(view, forecast, chosen)
-        few, many = forecast.late(view)[-2:]
+        few, many = late[-2:]
         gone = dropped[chosen] | turned_away(outlook, few & many, hopeless)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
@@ -179,18 +181,15 @@ class Slack:
         outlook: Outlook,
         value: Floats,
         settings: tuple[Setting, ...],
-        forecast: Forecast,
+        late: Bools,
         place: Ints,
         waste: Floats,
     ) -> int:
         """The candidate under which those in time are worth most. `place` is SITS_OUT for who is given up; `waste` is what
         short steps lose."""
-        view = outlook.view
-        margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
-        late = forecast.late(view, np.array([*margin, 1.0, 1.0]))[:-2]
-        counts = view.budgeted & (place >= 0) & ~late
+        counts = outlook.view.budgeted & (place >= 0) & ~late
         worth = np.where(counts, outlook.of(value, np.maximum(place, 0)) + self._attainment, 0.0).sum(1)
-        worth -= waste[:-2] + 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
+        worth -= waste + 1e-6 * np.array([s.surcharge + s.below_full + s.part + s.pause for s in settings])
         return int(worth.argmax())
 
     @staticmethod

@@ -111,25 +111,24 @@ class Live:
         self, number: int, workload: Workload, *, floor: int, ceiling: int, expected: int, resumable: bool = True
     ) -> None:
         """Request `number` of the workload arrives. `resumable`: states are kept to deepen it from."""
-        arrival = float(workload.arrival[number])
-        budgeted = bool(workload.budgeted[number])
-        values: dict[str, float] = {
+        arrival, budgeted = workload.arrival[number], workload.budgeted[number]
+        values = {
             "id": number,
             "arrival": arrival,
             "floor": floor,
             "ceiling": ceiling,
-            "num_prompt": int(workload.num_prompt[number]),
-            "target": int(workload.num_output[number]),
+            "num_prompt": workload.num_prompt[number],
+            "target": workload.num_output[number],
             "expected": expected,
-            "ttft_due": arrival + float(workload.ttft[number]),
-            "tpot": float(workload.tpot[number]),
-            "total_due": arrival + float(workload.total[number]),
+            "ttft_due": arrival + workload.ttft[number],
+            "tpot": workload.tpot[number],
+            "total_due": arrival + workload.total[number],
             "budgeted": budgeted,
-            "strict": bool(workload.strict[number]),
+            "strict": workload.strict[number],
             "exact": not budgeted or floor == ceiling,
             "resumable": resumable,
-            "group": int(workload.group[number]),
-            "shared": int(workload.shared[number]),
+            "group": workload.group[number],
+            "shared": workload.shared[number],
         }
         at = self._count
         if at == self._flat[np.int64].shape[1]:
