@@ -143,7 +143,7 @@ def test_without_the_policy_nothing_is_read_and_without_the_file_the_start_says_
 
     run(engine, [ask("r", range(5, 9), greedy(3))], note)
     shutil.copytree(BUNDLED, tmp_path / "model")
-    (tmp_path / "model" / "depth_head.safetensors").unlink()
+    (tmp_path / "model" / "depth_head.st").unlink()
     with pytest.raises(LadderError, match="depth_head"):
         load_engine(tmp_path / "model")
 

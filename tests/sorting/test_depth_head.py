@@ -17,6 +17,7 @@ from sortserve.server.cli import BUNDLED
 from sortserve.sorting import depth_head
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.depth_head import Samples
+from sortserve.sorting.head_cli import HEAD_FILE
 from sortserve.sorting.texts import Domain
 
 DEPTHS = (2, 4)  # and all six
@@ -93,7 +94,7 @@ def test_the_command_writes_the_head_beside_the_ladder(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in BUNDLED.iterdir():
-        if file.suffix != ".safetensors" or file.name == "model.safetensors":
+        if file.name != HEAD_FILE:
             shutil.copy(file, folder)
     ladder = replace(Ladder.load(folder / "ladder.json", load_model_config(folder).shape), depth_head=None)
     ladder.dump(folder / "ladder.json")
@@ -101,6 +102,9 @@ def test_the_command_writes_the_head_beside_the_ladder(tmp_path: Path) -> None:
     arguments = ["ladder", "head", str(folder), "--fit", str(tmp_path / "text.txt")]
     arguments += ["--held-out", str(tmp_path / "text.txt"), "--tokens", "400", "--window", "32"]
     assert main(arguments) == 0
+    assert [file.name for file in folder.glob("*.safetensors")] == [
+        "model.safetensors"
+    ]  # vLLM loads them all as weights
     written = Ladder.load(folder / "ladder.json", load_model_config(folder).shape)
     assert written.entries == ladder.entries
     assert written.depth_head is not None

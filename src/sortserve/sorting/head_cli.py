@@ -9,13 +9,13 @@ from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder import DepthHeadEntry, Ladder
 from sortserve.sorting.ladder_cli import Told
 
-HEAD_FILE = "depth_head.safetensors"
+HEAD_FILE = "depth_head.st"  # safetensors; not by that ending: vLLM loads every such file of a folder as weights
 _EPILOG = """\
 examples:
   sortserve ladder head ./model
   sortserve ladder head ./model --fit books=passages.jsonl --held-out books=others.jsonl --tokens 200000
 
-It writes depth_head.safetensors and names it in ladder.json. What changes the ladder's exits afterwards drops it.
+It writes depth_head.st and names it in ladder.json. What changes the ladder's exits afterwards drops it.
 """
 
 
