@@ -21,8 +21,9 @@ CALLS |= {"jinja2.Template", "jinja2.Environment", "jinja2.sandbox.SandboxedEnvi
 METHODS = {"recv_pyobj", "send_pyobj", "load_pickle"}
 KEYWORDS = {"trust_remote_code", "allow_pickle", "shell", "weights_only"}
 # Files of the toolkit, never the server's, that may start processes: the measuring of answers that are programs, when asked
-# for by --run-generated-code, and lm-evaluation-harness in its own environment.
-MAY_START = {"sorting/sandbox.py", "sorting/lm_eval.py"}
+# for by --run-generated-code, and lm-evaluation-harness in its own environment. And the compiler, which the server runs at
+# start over source of this package only (--no-compile: never).
+MAY_START = {"sorting/sandbox.py", "sorting/lm_eval.py", "kernels/compiling.py"}
 FROM_PRETRAINED = {"sorting"}  # parts that may load with transformers: tools a developer runs, never the server
 
 
