@@ -139,7 +139,7 @@ def shape_of(view: View, place: Ints, have: Ints, start: Ints, stop: Ints) -> St
         single.astype(np.float64) @ runs + rows.sum(0),
         share.sum(0),
         np.where(by_place[:, None] > 0, rungs.share, 0.0).max(0, initial=0.0),
-        np.bincount(at, ends, places).astype(np.float64) @ rungs.runs.astype(np.float64),
+        np.bincount(at, ends, places).astype(np.float64) @ runs,
         pairs.sum(0),
         np.asarray(float(np.count_nonzero(ends == view.known[ran]))),
         kind_of(rows),

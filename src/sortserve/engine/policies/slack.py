@@ -95,10 +95,10 @@ class Slack:
         worth = self._worth(outlook, value)
         self._market.learn(outlook, worth)
         bids = self._bids(outlook, worth)
-        if self._market.is_old(view.now):  # after a pause: what was found then is of another load
+        is_old = self._market.is_old(view.now)
+        if is_old:  # after a pause: what was found then is of another load
             self._setting = Setting()
-            self._market.clear(outlook, bids)
-        elif self.clock.decisions % 2 == 0:  # in turns with the search
+        if is_old or self.clock.decisions % 2 == 0:  # in turns with the search
             self._market.clear(outlook, bids)
         settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
         asked = sorted({s.surcharge for s in settings})
