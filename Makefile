@@ -22,7 +22,7 @@ SCRIPTS := .ci docker deploy
 
 help:
 	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
-	@echo "make test    run the tests; ARGS='-k name ...' go to pytest"
+	@echo "make test    run the tests; ARGS='-k name -n 0 ...' go to pytest"
 	@echo "make test-compat   run public clients and tools against a server; their environments take minutes to make, once"
 	@echo "make test-deploy   images, chart, alerts and rollouts with the real tools; as root, since it mounts and changes roots"
 	@echo "make test-vllm   the backend on vLLM's CPU build; its environment takes ten minutes and 5 GB, once"
@@ -60,8 +60,9 @@ comma := ,
 serve: $(SERVE_ENV)/.installed
 	@$(HUGE_PAGES) $(SERVE_ENV)/bin/sortserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
+# A process per core, four at most, each of one thread; files stay whole, since their tests share servers.
 test: $(DEV_ENV)/.installed
-	@$(DEV_ENV)/bin/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-compat: $(DEV_ENV)/.installed
 	@$(DEV_ENV)/bin/python -m pytest tests/compat $(ARGS)

@@ -5,8 +5,9 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -458,11 +459,16 @@ async def test_an_engine_that_never_comes_back(folder: Path, control: Path, monk
         assert "not coming back" in failed.message
 
 
-async def test_nothing_is_left_behind(folder: Path, control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary files go meanwhile. pytest's own folders have paths too long for a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+async def test_nothing_is_left_behind(folder: Path, control: Path, temporary: Path) -> None:
     """Neither processes nor sockets, when the back end is drained after two deaths."""
-    temporary = control / "tmp"
-    temporary.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     pids = []
     async with started(folder, control) as backend:
         for _ in range(2):
