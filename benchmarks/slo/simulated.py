@@ -26,7 +26,7 @@ def foretold(
         raise RuntimeError(f"no step times in {cache_folder()}: --simulated needs a server that keeps them")
     usual = EngineConfig(settings.model)
     backend = _flag(settings.flags, "--backend", "native")
-    config = measured_config(settings.model, files[-1], size(kv_memory), backend=backend)
+    config = measured_config(settings.model, files[-1], size(kv_memory), backend=backend, ladder=ladder)
     rows = int(_flag(settings.flags, "--max-batch-tokens", str(usual.max_step_tokens)))
     config = replace(config, step_tokens=rows, max_running=usual.max_running, max_waiting=usual.max_waiting)
     name = f"{policy}:{ladder.place(pinned)}" if pinned else policy

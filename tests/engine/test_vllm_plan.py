@@ -1,4 +1,4 @@
-"""The plan of a step in vLLM, without vLLM: segments, row order, and which rows run which FFN blocks."""
+"""The plan of a step in vLLM, without vLLM: segments, row order, and each row's FFN width."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.submodel import ModelShape, SubModel
-from sortserve.engine.vllm.model.rows import RowLayouts, block_rows
+from sortserve.engine.vllm.model.rows import RowLayouts, Shard
 from sortserve.engine.vllm.plan import deepest_first, plan_step, swaps
 
 CPU = torch.device("cpu")
@@ -72,25 +72,13 @@ def test_swaps_bring_the_order_about(order: list[int]) -> None:
     assert len(done) < len(order)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 32), st.integers(1, 4)), min_size=1, max_size=8),
-    st.sets(st.integers(1, 31), max_size=3),
-)
-def test_blocks_add_up_to_each_rows_width(requests: list[tuple[int, int]], inner: set[int]) -> None:
-    """Counted neuron by neuron, as a BlockMLP would run them."""
-    widths, tokens = [width for width, _ in requests], [number for _, number in requests]
-    boundaries = (*sorted(inner), 32)
-    run = torch.zeros(sum(tokens), 32, dtype=torch.long)
-    start = 0
-    for block, end in zip(block_rows(widths, tokens, boundaries, CPU), boundaries, strict=False):
-        rows = torch.arange(sum(tokens))
-        rows = rows[: block.first] if block.index is None else rows[block.index]
-        neurons = torch.arange(start, end)
-        limit = torch.full((len(rows),), end) if block.limit is None else block.limit
-        run[rows[:, None], neurons[None]] += (neurons[None] < limit[:, None]).long()
-        start = end
-    expected = torch.arange(32)[None] < torch.tensor(widths).repeat_interleave(torch.tensor(tokens))[:, None]
-    assert torch.equal(run, expected.long())
+@given(st.integers(0, 32), st.sampled_from([1, 2, 4]))
+def test_a_width_is_a_prefix_on_each_rank_and_all_of_them_have_it(width: int, ranks: int) -> None:
+    found: list[int] = []
+    for rank in range(ranks):
+        own = list(range(32))[rank::ranks]
+        found += own[: Shard(32, (), rank, ranks).own(width)]
+    assert sorted(found) == list(range(width))
 
 
 def test_rows_of_a_layer_follow_the_submodels() -> None:
@@ -101,18 +89,31 @@ def test_rows_of_a_layer_follow_the_submodels() -> None:
     ladder = Ladder.of(SHAPE, entries)
     half, skips, full = ladder.place("half"), ladder.place("skips"), ladder.full
     exits = [ladder.exits.index(entry.submodel.depth) + 1 for entry in ladder.entries]
-    layouts = RowLayouts(ladder, CPU)
+    layouts = RowLayouts(ladder, [Shard(32, (16, 32))] * 8, torch.float32, CPU)
     plan = plan_step([skips, full, half], [2, 1, 3], exits, ladder.bounds)
     rows = layouts.of(plan)
     assert layouts.of(plan_step([skips, full, half], [2, 1, 3], exits, ladder.bounds)) is rows, "kept"
     assert len(rows.layers) == 8
     attention = [None if layer.attention is None else layer.attention.flatten().tolist() for layer in rows.layers]
     assert attention == [None, [0, 0, 1, 1, 1, 1], *[None] * 6]
-    first = rows.layers[0].blocks
+    first = rows.layers[0].ffn
     assert first is not None
-    assert [block.first for block in first] == [6, 3], "the half-wide rows, the last three, run one block"
-    skipping = rows.layers[2].blocks
+    assert first.widths.tolist() == [32] * 3 + [16] * 3
+    assert [block.first for block in first.blocks] == [6, 3], "the half-wide rows, the last three, run one block"
+    skipping = rows.layers[2].ffn
     assert skipping is not None
-    assert skipping[0].index is not None
-    assert skipping[0].index.tolist() == [2, 3, 4, 5]
-    assert rows.layers[7].blocks is None, "all there run the whole FFN"
+    assert skipping.blocks[0].index is not None
+    assert skipping.blocks[0].index.tolist() == [2, 3, 4, 5]
+    assert rows.layers[7].ffn is None, "all there run the whole FFN"
+
+
+def test_rows_of_packed_weights_on_one_of_two_ranks() -> None:
+    """Told their widths, the rank's own, also where all have the full width."""
+    ladder = Ladder.of(SHAPE, [Entry("half", SubModel.make(8, 15))])
+    layouts = RowLayouts(ladder, [Shard(32, (), 1, 2, is_packed=True)] * 8, torch.float32, CPU)
+    exits = [ladder.exits.index(entry.submodel.depth) + 1 for entry in ladder.entries]
+    half, full = ladder.place("half"), ladder.full
+    for places, widths in (([full, full], [16, 16, 16]), ([half, full], [7, 7, 16])):
+        told = layouts.of(plan_step(places, [2, 1], exits, ladder.bounds)).layers[3].ffn
+        assert told is not None
+        assert told.widths.tolist() == widths

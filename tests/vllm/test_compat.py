@@ -10,6 +10,8 @@ from sortserve.engine.errors import StartupError
 from sortserve.engine.vllm import compat
 from sortserve.engine.vllm.architectures import ARCHITECTURES
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize("found", ["0.31.2", "0.33.0", "0.33.0rc1", "1.0", "0.3"])
 def test_other_releases_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ import pytest
 from tests.vllm.engines import BLOCK_TOKENS, Engine
 from tests.vllm.test_asif import pinned, prompts
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(autouse=True)
 def clean(engine: Engine) -> None:

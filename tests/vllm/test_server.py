@@ -44,6 +44,7 @@ def answer(response: httpx.Response) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.smoke
 def test_the_full_model_and_each_pinned_sub_model(server: Server) -> None:
     made = answer(ask(server))
     assert made["sortserve"]["submodels"] == {FULL: 8}
@@ -56,6 +57,7 @@ def test_the_full_model_and_each_pinned_sub_model(server: Server) -> None:
     assert len(texts) > 1
 
 
+@pytest.mark.smoke
 def test_budgets(server: Server) -> None:
     """One that nobody can keep gets the floor and is told so; an ample one gets all; both have a prediction."""
     tight = ask(server, {"X-Latency-Budget-Ms": "1"}, max_tokens=40, ignore_eos=True)
@@ -82,6 +84,7 @@ def test_a_strict_budget_that_no_server_could_keep(server: Server) -> None:
     assert refused.json()["error"]["code"] == "latency_budget_infeasible"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -183,6 +186,7 @@ def test_a_killed_engine_core_is_seen_told_and_replaced(server: Server) -> None:
     assert not {pid for pid in family if Path(f"/proc/{pid}").exists()}
 
 
+@pytest.mark.smoke
 def test_drained(server: Server) -> None:
     """The last test: SIGTERM ends it in order."""
     server.process.send_signal(signal.SIGTERM)

@@ -9,6 +9,8 @@ from tests.vllm.conftest import BUNDLED
 from tests.vllm.engines import BLOCK_TOKENS, Engine
 from tests.vllm.test_asif import pinned, prompts
 
+pytestmark = pytest.mark.smoke
+
 BUDGET = {"sortserve_budget": [-1, -1, 3_600_000]}  # whose K/V may be reused
 
 

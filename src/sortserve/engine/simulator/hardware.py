@@ -133,12 +133,16 @@ def replica_config(model: str, device: str) -> ReplicaConfig:
     return ReplicaConfig(rungs, cost_of(shape, rungs.layers, gpu), kv_sizes(shape, gpu))
 
 
-def measured_config(folder: Path, cost: Path, kv_bytes: float, *, backend: str = "native") -> ReplicaConfig:
+def measured_config(
+    folder: Path, cost: Path, kv_bytes: float, *, backend: str = "native", ladder: Ladder | None = None
+) -> ReplicaConfig:
     """One replica of the model in `folder` whose steps take what a fitted table in the file `cost` says (the profile of a
-    native engine, or what a vLLM one has learned). Raises ValueError, OSError, and what reading the model raises."""
+    native engine, or what a vLLM one has learned). `ladder`: None for the model's own. Raises ValueError, OSError, and what
+    reading the model raises."""
     shape = load_model_config(folder).shape
-    path = folder / "ladder.json"
-    ladder = Ladder.load(path, shape) if path.is_file() else Ladder.default(shape)
+    if ladder is None:
+        path = folder / "ladder.json"
+        ladder = Ladder.load(path, shape) if path.is_file() else Ladder.default(shape)
     rungs, table = Rungs.of(ladder, SettingsTable(ladder)), read_cost(cost)
     if table.layers.tolist() != rungs.layers.tolist():
         raise ValueError(

@@ -28,12 +28,13 @@ class SubmodelRunnerMixin:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         own = Configuration.of_vllm(vllm_config)
         self._exits, self._bounds = own.settings.exits, own.ladder.bounds
-        self._layouts = RowLayouts(own.ladder, device)
+        self._layouts: RowLayouts | None = None  # until weights are loaded; before that there are dummy runs only
         self._rows: StepRows | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's; then the attention backend is known, and whether it leaves the order of rows to us."""
+        """vLLM's; then the attention backend is known, and whether it leaves the order of rows to us; weights are there."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        self._layouts = self.get_model().row_layouts(self.device)  # type: ignore[attr-defined]
         check_order([self.reorder_batch_threshold], self._bounds)  # type: ignore[attr-defined]
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
@@ -48,6 +49,7 @@ class SubmodelRunnerMixin:
         places = places_of(scheduler_output)
         if places is None or not batch.num_reqs:
             return
+        assert self._layouts is not None
         order = deepest_first([self._exits[places[request_id]] for request_id in batch.req_ids])
         for first, second in swaps(order):
             batch.swap_states(first, second)

@@ -69,11 +69,12 @@ class SubmodelRunnerV2(GPUModelRunner):
         super().__init__(vllm_config, device)
         own = Configuration.of_vllm(vllm_config)
         self._exits, self._bounds = own.settings.exits, own.ladder.bounds
-        self._layouts = RowLayouts(own.ladder, device)
+        self._layouts: RowLayouts | None = None  # until weights are loaded; before that there are dummy runs only
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's; then the attention backend is known, and whether it leaves the order of rows to us."""
+        """vLLM's; then the attention backend is known, and whether it leaves the order of rows to us; weights are there."""
         super().initialize_kv_cache(*args, **kwargs)
+        self._layouts = self.model.row_layouts(self.device)
         builders = [group.get_metadata_builder(0) for groups in self.attn_groups for group in groups]
         check_order([builder.reorder_batch_threshold for builder in builders], self._bounds)
 
@@ -84,6 +85,7 @@ class SubmodelRunnerV2(GPUModelRunner):
         places = places_of(scheduler_output)
         if state is None or dummy_run or places is None:
             return state, uniform
+        assert self._layouts is not None
         order = deepest_first([self._exits[places[request_id]] for request_id in state.req_ids])
         changed: dict[str, Any] = {"req_ids": [state.req_ids[row] for row in order]}
         for name, value in state._asdict().items():

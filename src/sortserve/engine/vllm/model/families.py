@@ -1,7 +1,8 @@
-"""The four families as vLLM model classes: stock ones whose layers run in segments and whose FFNs are width blocks."""
+"""The four families as vLLM model classes: stock ones whose layers run in segments and whose FFNs have widths."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
@@ -9,8 +10,8 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from sortserve.engine.vllm.configuration import Configuration
-from sortserve.engine.vllm.model.loop import replace_ffns, rows_of_step, run_segments
-from sortserve.engine.vllm.model.rows import StepRows
+from sortserve.engine.vllm.model.loop import replace_ffns, row_layouts, rows_of_step, run_segments
+from sortserve.engine.vllm.model.rows import RowLayouts, StepRows
 
 
 class SortedMixin:
@@ -18,9 +19,9 @@ class SortedMixin:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        inner = f"{prefix}.model" if prefix else "model"
         own = Configuration.of_vllm(vllm_config)
-        replace_ffns(self.model, own.ladder, inner, sort=own.sort_ffn)  # type: ignore[attr-defined]
+        self._ladder, self._dtype = own.ladder, vllm_config.model_config.dtype
+        replace_ffns(self.model, own.ladder, sort=own.sort_ffn)  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -34,6 +35,10 @@ class SortedMixin:
         assert intermediate_tensors is None, "pipeline parallelism is refused at start"
         rows = rows_of_step() if sortserve_rows is None else sortserve_rows
         return run_segments(self.model, input_ids, positions, inputs_embeds, rows)  # type: ignore[attr-defined]
+
+    def row_layouts(self, device: torch.device) -> RowLayouts:
+        """What the runner lays out steps with, once weights are loaded."""
+        return row_layouts(self.model, self._ladder, self._dtype, device)  # type: ignore[attr-defined]
 
     def get_model_state_cls(self) -> Any:
         """Asked for by vLLM's second runner."""

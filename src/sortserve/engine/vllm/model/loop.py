@@ -3,43 +3,51 @@
 It takes a stock model apart and never copies a layer: attention, norms and FFN are called as they are.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from sortserve.engine.errors import StartupError
 from sortserve.engine.ladder import Ladder
-from sortserve.engine.vllm.model.blocks import BlockMLP
-from sortserve.engine.vllm.model.rows import ALL_ROWS, LayerRows, StepRows
+from sortserve.engine.vllm.model.rows import LayerRows, RowLayouts, Shard, StepRows
+from sortserve.engine.vllm.model.widths import WidthMLP
+from sortserve.kernels.ffn import FfnRows
+from sortserve.kernels.products import choose_products
+
+logger = logging.getLogger(__name__)
 
 CONTEXT_KEY = "sortserve_rows"
 """Of the StepRows in a forward context's `additional_kwargs`."""
 
 
-def replace_ffns(model: nn.Module, ladder: Ladder, prefix: str, *, sort: bool) -> None:
-    """Put a BlockMLP in the place of every layer's FFN that the ladder cuts; one after the other, so that no more than one
-    FFN is in memory twice. `sort`: neurons by importance, as a checkpoint without a ladder needs. Raises StartupError
-    where the model cannot be cut."""
+def replace_ffns(model: nn.Module, ladder: Ladder, *, sort: bool) -> None:
+    """Put a WidthMLP in the place of every layer's FFN that the ladder cuts. `sort`: neurons by importance, as a checkpoint
+    without a ladder needs. Raises StartupError where the model cannot be cut."""
+    products = None
     for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
         if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
             raise StartupError("models with ada_rms_norm_t_cond are not supported by SortServe on vLLM")
         boundaries = ladder.ffn_boundaries(number)
         if len(boundaries) == 1:
             continue
-        stock = layer.mlp
-        if getattr(stock.gate_up_proj, "quant_config", None) is not None:
+        if getattr(layer.mlp.gate_up_proj, "quant_config", None) is not None:
             raise StartupError("quantized checkpoints have one width on vLLM; use a ladder of depths alone")
-        layer.mlp = BlockMLP(
-            stock.gate_up_proj.input_size,
-            boundaries,
-            bias=stock.gate_up_proj.bias is not None,
-            down_bias=stock.down_proj.bias is not None,
-            prefix=f"{prefix}.layers.{number}.mlp",
-            sort=sort,
-        )
+        if products is None and current_platform.is_cpu():
+            products = choose_products(layer.mlp.gate_up_proj.weight.dtype, int8=False)
+            logger.info("FFNs with widths: %s", " ".join(filter(None, (products.name, products.reason))))
+        layer.mlp = WidthMLP(layer.mlp, boundaries, products, sort=sort)
+
+
+def row_layouts(model: Any, ladder: Ladder, dtype: torch.dtype, device: torch.device) -> RowLayouts:
+    """What lays out steps of `model`, a decoder whose weights are loaded."""
+    full = ladder.shape.ffn_width
+    shards = [layer.mlp.shard if isinstance(layer.mlp, WidthMLP) else Shard(full, (full,)) for layer in model.layers]
+    return RowLayouts(ladder, shards, dtype, device)
 
 
 def run_segments(
@@ -76,7 +84,7 @@ def run_layer(
     layer: Any, positions: Tensor, hidden: Tensor, residual: Tensor | None, rows: LayerRows
 ) -> tuple[Tensor, Tensor]:
     """One stock layer: what is added to the residual stream next, and the stream."""
-    if rows is ALL_ROWS or (rows.blocks is None and rows.attention is None):
+    if rows.ffn is None and rows.attention is None:
         whole: tuple[Tensor, Tensor] = layer(positions, hidden, residual)
         return whole
     if residual is None:
@@ -88,11 +96,11 @@ def run_layer(
     if rows.attention is not None:
         hidden = hidden * rows.attention
     hidden, residual = layer.post_attention_layernorm(hidden, residual)
-    if rows.blocks is None:
+    if rows.ffn is None:
         return layer.mlp(hidden), residual
-    if isinstance(layer.mlp, BlockMLP):
-        return layer.mlp(hidden, rows.blocks), residual
-    return _whole_or_none(layer.mlp, hidden, rows), residual
+    if isinstance(layer.mlp, WidthMLP):
+        return layer.mlp(hidden, rows.ffn), residual
+    return _whole_or_none(layer.mlp, hidden, rows.ffn), residual
 
 
 def rows_of_step() -> StepRows | None:
@@ -125,14 +133,12 @@ def _full(model: Any, positions: Tensor, hidden: Tensor) -> Tensor:
     return normed
 
 
-def _whole_or_none(mlp: Any, x: Tensor, rows: LayerRows) -> Tensor:
+def _whole_or_none(mlp: Any, x: Tensor, rows: FfnRows) -> Tensor:
     """A stock FFN where some rows skip it; its one block has the full width, so nobody ends inside."""
-    if not rows.blocks:
-        return torch.zeros_like(x)
-    (block,) = rows.blocks
     out = torch.zeros_like(x)
-    if block.index is None:
-        out[: block.first] = mlp(x[: block.first])
-    else:
-        out[block.index] = mlp(x[block.index])
+    for block in rows.blocks:
+        if block.index is None:
+            out[: block.first] = mlp(x[: block.first])
+        else:
+            out[block.index] = mlp(x[block.index])
     return out

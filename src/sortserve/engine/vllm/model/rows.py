@@ -1,31 +1,42 @@
-"""A step's plan as tensors: for each layer, which rows run which FFN blocks and whose attention is added."""
+"""A step's plan as tensors: for each layer, each row's FFN width, and whose attention is added."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.vllm.plan import Segment, StepPlan
+from sortserve.kernels.ffn import FfnRows, plan_rows
 
 
 @dataclass(frozen=True, slots=True)
-class BlockRows:
-    """Rows that run one FFN block. `first`: the first so many, None: those of `index`. `limit` [rows] is the width of
-    each where one ends inside the block, else None."""
+class Shard:
+    """What a tensor-parallel rank has of a layer's FFN: neurons `rank`, `rank` + `ranks` and so on of `full`. `boundaries`
+    are the ends of its blocks. `is_packed`: it is told its rows also where all of them have the full width."""
 
-    first: int | None
-    index: Tensor | None = None
-    limit: Tensor | None = None
+    full: int
+    boundaries: tuple[int, ...]
+    rank: int = 0
+    ranks: int = 1
+    is_packed: bool = False
+
+    def own(self, width: int) -> int:
+        """Neurons of this rank among the first `width`: a prefix of its own."""
+        return (width - self.rank + self.ranks - 1) // self.ranks
+
+    def packed(self, boundaries: Sequence[int]) -> "Shard":
+        """Of weights in blocks of their own."""
+        return replace(self, boundaries=tuple(boundaries), is_packed=True)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRows:
-    """One layer. `blocks` that somebody runs, None: all rows run all. `attention` [rows, 1], 0 where attention is not
+    """One layer. `ffn`: widths of the rows, None: all run all neurons. `attention` [rows, 1], 0 where attention is not
     added, None: added everywhere."""
 
-    blocks: tuple[BlockRows, ...] | None = None
+    ffn: FfnRows | None = None
     attention: Tensor | None = None
 
 
@@ -37,16 +48,14 @@ class StepRows:
     layers: tuple[LayerRows, ...]  # [layers to run]
 
 
-ALL_ROWS = LayerRows()
-
-
 class RowLayouts:
     """Makes StepRows; the last one is kept, since in steady decoding every step has the same."""
 
-    def __init__(self, ladder: Ladder, device: torch.device) -> None:
+    def __init__(self, ladder: Ladder, shards: Sequence[Shard], dtype: torch.dtype, device: torch.device) -> None:
+        """`shards` [layers]; `dtype` of the hidden states."""
         self._submodels = [entry.submodel for entry in ladder.entries]
-        self._boundaries = [ladder.ffn_boundaries(layer) for layer in range(ladder.shape.num_layers)]
-        self._device = device
+        self._shards = tuple(shards)
+        self._dtype, self._device = dtype, device
         self._last: StepRows | None = None
 
     def of(self, plan: StepPlan) -> StepRows:
@@ -64,42 +73,35 @@ class RowLayouts:
     def _layer(self, plan: StepPlan, segment: Segment, layer: int, made: dict[object, LayerRows]) -> LayerRows:
         tokens = plan.tokens[: segment.num_requests]
         submodels = [self._submodels[place] for place in plan.places[: segment.num_requests]]
+        shard = self._shards[layer]
         widths = tuple(submodel.widths[layer] for submodel in submodels)
         on = tuple(layer not in submodel.skip_attention for submodel in submodels)
-        key = (len(tokens), widths, on, self._boundaries[layer])
+        key = (len(tokens), widths, on, shard)
         if key not in made:
-            boundaries = self._boundaries[layer]
-            blocks = None if min(widths) == boundaries[-1] else block_rows(widths, tokens, boundaries, self._device)
-            attention = None if all(on) else _spread(on, tokens, self._device)[:, None]
-            made[key] = LayerRows(blocks, attention)
+            ffn = None
+            if shard.is_packed or min(widths) < shard.full:
+                own = _spread([shard.own(width) for width in widths], tokens)
+                ffn = _to(plan_rows(own, shard.boundaries, self._dtype), self._device)
+            attention = None
+            if not all(on):
+                attention = torch.tensor(_spread(on, tokens), device=self._device)[:, None]
+            made[key] = LayerRows(ffn, attention)
         return made[key]
 
 
-def block_rows(
-    widths: Sequence[int], tokens: Sequence[int], boundaries: Sequence[int], device: torch.device
-) -> tuple[BlockRows, ...]:
-    """Which rows run the FFN blocks that end at `boundaries`; `widths` and `tokens` by request, 0: no FFN."""
-    blocks = []
-    start = 0
-    for end in boundaries:
-        inside = [width > start for width in widths]
-        if not any(inside):
-            break
-        count = sum(inside)
-        rows = sum(number for number, there in zip(tokens, inside, strict=True) if there)
-        index = None
-        if not all(inside[:count]):
-            index = _spread(inside, tokens, device).nonzero().flatten()
-        chosen = [(width, number) for width, number, there in zip(widths, tokens, inside, strict=True) if there]
-        limit = None
-        if min(width for width, _ in chosen) < end:
-            limit = _spread([width for width, _ in chosen], [number for _, number in chosen], device)
-        blocks.append(BlockRows(rows if index is None else None, index, limit))
-        start = end
-    return tuple(blocks)
-
-
-def _spread(values: Sequence[int], tokens: Sequence[int], device: torch.device) -> Tensor:
+def _spread(values: Sequence[int], tokens: Sequence[int]) -> list[int]:
     """[rows]: each request's value for each of its rows."""
-    spread = torch.tensor(values, dtype=torch.int64).repeat_interleave(torch.tensor(tokens, dtype=torch.int64))
-    return spread.to(device)
+    return [value for value, number in zip(values, tokens, strict=True) for _ in range(number)]
+
+
+def _to(rows: FfnRows, device: torch.device) -> FfnRows:
+    """`rows` with their tensors on `device`."""
+    blocks = tuple(
+        replace(
+            block,
+            index=None if block.index is None else block.index.to(device),
+            mask=None if block.mask is None else block.mask.to(device),
+        )
+        for block in rows.blocks
+    )
+    return replace(rows, blocks=blocks, widths=rows.widths.to(device))
