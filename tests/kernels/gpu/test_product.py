@@ -114,6 +114,21 @@ def test_linear_takes_any_format() -> None:
         assert linear(**given, out=out) is out
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_with_plain_weights(bias: bool, residual: bool) -> None:
+    seeded = Seeded(5)
+    x, weight = seeded.normal(5, 24), seeded.normal(9, 24)
+    extra = (seeded.normal(9) if bias else None, seeded.normal(5, 9) if residual else None)
+    expected = reference(x, weight, None, *extra)
+    allowed = tolerance(torch.float32, roundings=3, terms=24)
+    out = torch.empty(5, 9)
+    for target in (None, out):
+        made = linear(x, weight, extra[0], residual=extra[1], out=target)
+        assert worst_row_error(made, expected) <= allowed
+    assert worst_row_error(out, expected) <= allowed
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -127,3 +142,5 @@ def test_linear_takes_any_format() -> None:
 def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         product(**Case(5, torch.int8).given(**change))
+    with pytest.raises(ValueError, match="x is"):
+        linear(torch.zeros(2, 8), torch.zeros(4, 9))
