@@ -22,7 +22,7 @@ from sortserve.kernels.gpu.sampling import argmax, top_k
 from tests.kernels.gpu.ahead_of_time import compiled
 
 FORMATS = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-HARDEST = {"window": 512, "softcap": 30.0}
+HARDEST: dict[str, Any] = {"window": 512, "softcap": 30.0}
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -43,7 +43,7 @@ def gated(rows: int, kind: str, *, tma: bool = False) -> None:
     """An FFN of so many rows."""
     scales = [None if kind == "bf16" else zeros(size, dtype=torch.float32) for size in (1024, 1024, 512)]
     sizes = ((1024, 512), (1024, 512), (512, 1024))
-    weights = ffn.GatedWeights(*(zeros(*size, dtype=FORMATS[kind]) for size in sizes), *scales)  # type: ignore[misc]
+    weights = ffn.GatedWeights(*(zeros(*size, dtype=FORMATS[kind]) for size in sizes), *scales)
     ffn.staircase_ffn(zeros(rows, 512), weights, zeros(rows, dtype=torch.int32), zeros(rows, 512), tma=tma)
 
 
