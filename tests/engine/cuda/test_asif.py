@@ -6,6 +6,7 @@ Long schedules run on torch's stand-ins for the kernels, a few short ones on the
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,8 @@ def test_a_sliding_window_is_as_if(family: str, tmp_path: Path, monkeypatch: pyt
     run_one(folder, 3, EAGER, num_actions=40)
     attend = plain_kernels.paged_attention
 
-    def wider(*arguments: Any, window: int, **options: Any) -> Any:
-        return attend(*arguments, window=window + 1, **options)
+    def wider(query: Tensor, pool: Tensor, batch: Any, layer: Any, **options: Any) -> Any:
+        return attend(query, pool, batch, replace(layer, window=layer.window + 1), **options)
 
     monkeypatch.setattr(backends, "paged_attention", wider)
     with pytest.raises(AssertionError, match="relative error"):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sortserve.kernels.gpu import ffn, product
-from sortserve.kernels.gpu.attention import PagedRows, paged_attention, rows_per_tile
+from sortserve.kernels.gpu import ffn, tiling
+from sortserve.kernels.gpu.attention import AttentionLayer, PagedRows, paged_attention, rows_per_tile
 from sortserve.kernels.gpu.norm import add_rms_norm, gather_norm, rms_norm
 from sortserve.kernels.gpu.rope_write import rope_and_write
 from sortserve.kernels.gpu.sampling import argmax, top_k
@@ -34,9 +34,7 @@ def attend(heads: int, kv_heads: int, head_dim: int, kind: str = "bf16", **optio
     index, tables = zeros(4, dtype=torch.int32), zeros(4, 256, dtype=torch.int32)
     batch = PagedRows(tables, index, index, index, index, 4096, rows_per_tile(heads, kv_heads, head_dim))
     pool = zeros(32, 16, kv_heads * head_dim, dtype=FORMATS[kind])
-    paged_attention(
-        zeros(4, heads, head_dim), pool, batch, page_layers=4, layer_in_page=1, num_kv_heads=kv_heads, **options
-    )
+    paged_attention(zeros(4, heads, head_dim), pool, batch, AttentionLayer(4, 1, kv_heads, **options))
 
 
 def gated(rows: int, kind: str, *, tma: bool = False) -> None:
@@ -86,8 +84,7 @@ CASES: dict[str, tuple[int, Callable[[], None]]] = {
 def main() -> None:
     """Results by case, as JSON."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (product, ffn):
-            patch.setattr(module, "card_of", lambda device: product.Card(132, 227 << 10))
+        patch.setattr(tiling, "card_of", lambda device: tiling.Card(132, 227 << 10))
         print(json.dumps({name: _launches(*case) for name, case in CASES.items()}))
 
 

@@ -113,7 +113,7 @@ def test_sliding_window(window: int) -> None:
 def test_soft_cap_and_scale() -> None:
     for runs, tile in ((decode(40, 3), 1), ([(20, 40)], 8)):
         case = Case(runs, tile=tile, head_dim=64)
-        options = {"softcap": 1.5, "scale": 0.3}
+        options: dict[str, Any] = {"softcap": 1.5, "scale": 0.3}
         expected = case.expected(**options)
         assert worst(case.run(**options), expected) <= allowed(torch.float32)
         assert worst(case.run(scale=0.3), expected) > 100 * allowed(torch.float32)
@@ -124,7 +124,7 @@ def test_fp8_pool(dtype: torch.dtype) -> None:
     """The products see the stored numbers exactly, so the tolerance is that of the queries' dtype."""
     for runs, tile in ((decode(40, 3), 1), ([(20, 40)], 8)):
         case = Case(runs, tile=tile, dtype=dtype, pool_dtype=torch.float8_e4m3fn)
-        scales = {"key_scale": 0.5, "value_scale": 3.0}
+        scales: dict[str, Any] = {"key_scale": 0.5, "value_scale": 3.0}
         assert worst(case.run(**scales), case.expected(**scales)) <= allowed(dtype)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from sortserve.kernels.gpu import product as module
+from sortserve.kernels.gpu import tiling
 from sortserve.kernels.gpu.linear import linear
 from sortserve.kernels.gpu.product import product, reference
 from tests.kernels.closeness import ROWS, Seeded, tolerance, worst_row_error
@@ -79,7 +79,7 @@ def test_the_split_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> Non
     case = Case(5)
     whole: list[Tensor] = []
     for processors in (1, 1000):
-        monkeypatch.setattr(module, "card_of", lambda device, count=processors: module.Card(count, 227 << 10))
+        monkeypatch.setattr(tiling, "card_of", lambda device, count=processors: tiling.Card(count, 227 << 10))
         whole.append(product(**case.given()))
         assert worst_row_error(whole[-1], reference(**case.given())) <= case.allowed()
     assert not torch.equal(whole[0], whole[1]), "both ran unsplit"
