@@ -83,7 +83,7 @@ class Case:
         assert self.pool.untouched()
         return result
 
-    def expected(self, **changed: float) -> Tensor:
+    def expected(self, **changed: Any) -> Tensor:
         return reference(self.query, self.pool.tensor, self.batch, dataclasses.replace(self.layer, **changed))
 
 
