@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu.attention_libraries import flash_attention, flashinfer_decode
 from benchmarks.gpu.common import Result, model_dtype, result, small
-from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention, rows_per_tile
+from sortserve.kernels.gpu.attention import AttentionLayer, AttentionScratch, PagedRows, paged_attention, rows_per_tile
 
 PAGE_LAYERS, LAYER, SIZE = 4, 1, 16
 HEADS = ((32, 8, 128), (14, 2, 64))  # an 8B model, Qwen2.5-0.5B
@@ -77,17 +77,8 @@ class Setting:
         places = max(rows, batch.tile_rows.shape[0])
         scratch = AttentionScratch.allocate(self.device, places, heads, self.shape[0], head_dim, batch.max_context)
         out = torch.empty(rows, heads * head_dim, device=self.device, dtype=query.dtype)
-        return lambda: paged_attention(
-            query,
-            self.pool,
-            batch,
-            page_layers=PAGE_LAYERS,
-            layer_in_page=LAYER,
-            num_kv_heads=self.shape[0],
-            window=window,
-            scratch=scratch,
-            out=out,
-        )
+        layer = AttentionLayer(PAGE_LAYERS, LAYER, self.shape[0], window)
+        return lambda: paged_attention(query, self.pool, batch, layer, scratch=scratch, out=out)
 
 
 def decode(
@@ -116,7 +107,7 @@ def decode(
             grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
             compared["SDPA, K/V side by side"] = lambda: F.scaled_dot_product_attention(grouped, key, value)
         for name, make in (("FlashAttention", flash_attention), ("FlashInfer", flashinfer_decode)):
-            call = make(query, setting.pool, batch, PAGE_LAYERS, LAYER, kv_heads)
+            call = make(query, setting.pool, batch, AttentionLayer(PAGE_LAYERS, LAYER, kv_heads))
             if call is not None:
                 compared[name] = call
     tokens = sum(min(context, window or context) for context in contexts)

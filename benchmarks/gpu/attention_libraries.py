@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sortserve.kernels.gpu.attention import PagedRows
+from sortserve.kernels.gpu.attention import AttentionLayer, PagedRows
 from sortserve.kernels.gpu.backends import offers
 from sortserve.kernels.gpu.flash_attention import layer_views
 
@@ -15,18 +15,18 @@ WORKSPACE_BYTES = 128 << 20
 
 
 def flash_attention(
-    query: Tensor, pool: Tensor, batch: PagedRows, page_layers: int, layer: int, kv_heads: int
+    query: Tensor, pool: Tensor, batch: PagedRows, layer: AttentionLayer
 ) -> Callable[[], Tensor] | None:
     """As the serving back end calls it."""
     for offer in offers(query.device, query.shape[2], pool.dtype):
         if offer.name == "flash_attn_interface" and offer.call is not None:
             call = offer.call
-            return lambda: call(query, pool, batch, page_layers=page_layers, layer_in_page=layer, num_kv_heads=kv_heads)
+            return lambda: call(query, pool, batch, layer)
     return None
 
 
 def flashinfer_decode(
-    query: Tensor, pool: Tensor, batch: PagedRows, page_layers: int, layer: int, kv_heads: int
+    query: Tensor, pool: Tensor, batch: PagedRows, layer: AttentionLayer
 ) -> Callable[[], Tensor] | None:
     """Planned once, outside of what is measured; row i must be that of sequence i."""
     if query.device.type != "cuda" or importlib.util.find_spec("flashinfer") is None:
@@ -43,16 +43,24 @@ def flashinfer_decode(
         workspace,
         "NHD",
         use_cuda_graph=True,
-        use_tensor_cores=heads // kv_heads >= 4,  # its documentation's advice for grouped heads
+        use_tensor_cores=heads // layer.num_kv_heads >= 4,  # its documentation's advice for grouped heads
         paged_kv_indptr_buffer=torch.empty(rows + 1, dtype=torch.int32, device=query.device),
         paged_kv_indices_buffer=torch.empty(len(indices), dtype=torch.int32, device=query.device),
         paged_kv_last_page_len_buffer=torch.empty(rows, dtype=torch.int32, device=query.device),
     )
     last = ((lengths - 1) % size + 1).int()
     wrapper.plan(
-        indptr, indices, last, heads, kv_heads, head_dim, size, q_data_type=query.dtype, kv_data_type=pool.dtype
+        indptr,
+        indices,
+        last,
+        heads,
+        layer.num_kv_heads,
+        head_dim,
+        size,
+        q_data_type=query.dtype,
+        kv_data_type=pool.dtype,
     )
-    views = layer_views(pool, page_layers, layer, kv_heads)
+    views = layer_views(pool, layer)
     out = torch.empty_like(query)
 
     def run() -> Tensor:

@@ -46,16 +46,25 @@ TOLERANCE = 1e-4
 
 
 class Oracle:
-    """A Llama-family decoder in float64, from the checkpoint's tensors; `int8`: from what is left of its matrices, the
-    embedding left out, as multiples of a 127th of each row's largest value; `fp8_kv`: over K and V rounded to e4m3."""
+    """A Llama-family decoder in float64, from the checkpoint's tensors; `int8`: from what is left of its matrices (of the
+    layers `narrow`, if they are given; else of all but the embedding), as multiples of a 127th of each row's largest value;
+    `fp8_kv`: over K and V rounded to e4m3."""
 
-    def __init__(self, folder: Path, config: ModelConfig, int8: bool = False, fp8_kv: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        int8: bool = False,
+        fp8_kv: bool = False,
+        narrow: frozenset[int] | None = None,
+    ) -> None:
         self.config = config
         self.fp8_kv = fp8_kv
         tensors = load_file(folder / "model.safetensors")
         if int8:
             for name, tensor in tensors.items():
-                if tensor.dim() == 2 and "embed" not in name:
+                layer = int(name.split(".")[2]) if name.startswith("model.layers.") else None
+                if tensor.dim() == 2 and "embed" not in name and (narrow is None or layer in narrow):
                     step = tensor.abs().max(1, keepdim=True).values / 127
                     tensors[name] = (tensor / step).round() * step
         self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
@@ -115,14 +124,14 @@ def e4m3(x: Tensor) -> Tensor:
     return (x / step).round().mul(step).clamp(-448.0, 448.0)
 
 
-def asif_ladder(config: ModelConfig) -> Ladder:
+def asif_ladder(config: ModelConfig, narrow: frozenset[int] | None = None) -> Ladder:
     """4 exits of unequal segments, 5 widths, two entries whose settings differ in the middle."""
     entries = [
         Entry(f"d{depth}-x{width}", SubModel.make(depth, width)) for depth in EXITS for width in (*WIDTHS[:4], 8)
     ]
     entries.append(Entry("d6-skip-attention", SubModel.make(6, 64, skip_attention=[1, 4])))
     entries.append(Entry("d6-skip-ffn", SubModel.make(6, [64, 32, 64, 20, 64, 48], skip_ffn=[2])))
-    return Ladder.of(config.shape, entries)
+    return Ladder.of(replace(config.shape, narrow_layers=narrow), entries)
 
 
 @dataclass
@@ -146,6 +155,7 @@ class Harness:
     accepted: list[str] = field(default_factory=list)
     worst: float = 0.0
     products: Products = field(default_factory=Products)  # of the engine; the oracle quantizes where they do
+    narrow: frozenset[int] | None = None  # layers whose matrices these make; None: all, and the head
     fp8_kv: bool = False  # K/V of the engine and of the oracle
     dtype: torch.dtype = torch.float32  # of the engine's weights and states
     beside: bool = False  # whether bookkeeping is done while the runner works, else after
@@ -157,7 +167,7 @@ class Harness:
         if not (self.folder / "config.json").exists():
             make_tiny(self.folder, "llama", seed=3)
         self.config = load_model_config(self.folder)
-        self.ladder = asif_ladder(self.config)
+        self.ladder = asif_ladder(self.config, self.narrow)
         kv_bytes = 1 if self.fp8_kv else None
         shape = replace(self.config.shape, dtype_bytes=self.dtype.itemsize, kv_value_bytes=kv_bytes)
         self.geometry = KVGeometry.of(shape, self.ladder.bounds, self.block_tokens)
@@ -173,7 +183,7 @@ class Harness:
             ask_every=1,
         )
         self.policy.requests = self.scheduler.requests
-        self.oracle = Oracle(self.folder, self.config, self.products.int8, self.fp8_kv)
+        self.oracle = Oracle(self.folder, self.config, self.products.int8, self.fp8_kv, self.narrow)
         self._last_exit: dict[str, int] = {}
         self._released: dict[str, int] = {}
         self._number = 0
@@ -185,7 +195,7 @@ class Harness:
     def make_runner(self) -> StepRunner:
         """The CPU's runner, which tells `note_sampled` before it samples; it takes plans made ahead."""
         source = Checkpoint.open(self.folder, self.config)
-        weights = load_weights(source, self.config, self.ladder, self.dtype, products=self.products)
+        weights = load_weights(source, self.config, self.ladder, self.dtype, products=self.products, wide=Products())
         runner = Runner(self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT)
         sample = runner._sample
 

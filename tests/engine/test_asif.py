@@ -47,19 +47,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("asif") / "model"
 
 
+SOME_LAYERS = frozenset({1, 2, 4})
+
+
 @pytest.mark.parametrize("compile", [True, False], ids=["native", "onednn"])
 def test_int8_weights_are_as_if(folder: Path, compile: bool) -> None:
-    """As if the de-quantized weights ran in float32, at every width. Against the weights as they were, it must fail."""
+    """As if the de-quantized weights ran in float32, at every width, all of them or those of some layers. Against weights as
+    they were, or quantized everywhere, it must fail."""
     products = choose_products(torch.float32, int8=True, compile=compile)
     if products.native is None and (compile or not is_exact()):
         pytest.skip(f"no exact int8 products here: {products.reason}")
-    for seed in range(3):
+    for seed, narrow in enumerate((None, None, SOME_LAYERS)):
         rng = random.Random(seed)
-        random_run(Harness(folder, num_pages=140, products=products), rng, num_actions=60)
-    harness = Harness(folder, num_pages=140, products=products)
-    harness.oracle = Oracle(folder, harness.config)
-    with pytest.raises(AssertionError, match="relative error"):
-        random_run(harness, random.Random(0), num_actions=60)
+        random_run(Harness(folder, num_pages=140, products=products, narrow=narrow), rng, num_actions=60)
+    for narrow, told in ((None, False), (SOME_LAYERS, True)):  # told: that all layers are quantized
+        harness = Harness(folder, num_pages=140, products=products, narrow=narrow)
+        harness.oracle = Oracle(folder, harness.config, int8=told)
+        with pytest.raises(AssertionError, match="relative error"):
+            random_run(harness, random.Random(0), num_actions=60)
 
 
 def new_harness(folder: Path, rng: random.Random) -> Harness:

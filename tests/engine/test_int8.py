@@ -1,14 +1,19 @@
 """`--weights int8`: what the engine tells, what it costs, prefixes, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sortserve.engine import engine as engine_module
+from sortserve.engine import settling
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
 from sortserve.engine.errors import StartupError
+from sortserve.engine.runner import Runner
+from sortserve.engine.submodel import ModelShape
 from sortserve.kernels.ffn import StaircaseFfn, plan_rows
 from sortserve.kernels.linear_int8 import is_exact
 from tests.engine.tiny_models import make_tiny
@@ -23,8 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, weights: str) -> Engine:
-    return Engine.load(EngineConfig(folder, dtype="float32", weights=weights, kv_bytes=8 << 20, warmup=False))
+def load(folder: Path, weights: str, **settings: Any) -> Engine:
+    config = EngineConfig(folder, dtype="float32", weights=weights, kv_bytes=8 << 20, warmup=False, **settings)
+    return Engine.load(config)
 
 
 @needs_int8
@@ -35,6 +41,37 @@ def test_format_and_bytes_are_told(folder: Path) -> None:
     assert [entry.submodel for entry in plain.ladder.entries] == [entry.submodel for entry in int8.ladder.entries]
     assert int8.weight_bytes < 0.6 * plain.weight_bytes  # tiny: the embedding and four numbers a channel count
     assert int8.ladder.shape.kv_bytes_per_token_layer == plain.ladder.shape.kv_bytes_per_token_layer
+
+
+@needs_int8
+def test_a_share_of_the_layers_is_the_least_important_ones(folder: Path, tmp_path: Path) -> None:
+    """By the ladder's own figures; the head stays as it is, costs follow, and times are kept apart by layer."""
+    plain = load(folder, "auto")
+    shape, path = plain.info.ladder.shape, tmp_path / "ladder.json"
+    importance = [-0.1 * number for number in range(shape.num_layers)]  # the last ones matter least
+    replace(plain.info.ladder, layer_importance=tuple(importance)).dump(path)
+    half = load(folder, "int8", weights_share=0.5, ladder_path=path)
+    last = frozenset(range(shape.num_layers // 2, shape.num_layers))
+    assert half.info.ladder.shape.narrow_layers == last
+    assert half.info.weights == f"int8 in {len(last)} of {shape.num_layers} layers, float32"
+    everything, saved = plain.info.ladder.costs[-1].weight_bytes, 0.75 * 4 * len(last) * layer_parameters(shape)
+    assert half.info.ladder.costs[-1].weight_bytes == everything - saved
+    assert isinstance(half.runner, Runner)
+    sizes = [layer.nbytes for layer in half.runner._model.weights.layers]
+    assert [number for number, size in enumerate(sizes) if size < 0.5 * max(sizes)] == sorted(last)
+
+
+def test_a_share_needs_to_know_the_layers(folder: Path) -> None:
+    with pytest.raises(StartupError, match="ladder measure") as caught:
+        load(folder, "int8", weights_share=0.5)
+    assert caught.value.param == "weights_share"
+    for weights, share in (("auto", 0.5), ("int8", 0.0), ("int8", 1.5)):
+        with pytest.raises(StartupError, match="weights_share"):
+            load(folder, weights, weights_share=share)
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    return shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width
 
 
 @needs_int8
@@ -77,7 +114,7 @@ def test_a_width_has_the_same_weights_wherever_blocks_end() -> None:
 def test_formats_that_cannot_run_are_refused(
     folder: Path, weights: str, way_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "is_exact", lambda: False)
+    monkeypatch.setattr(settling, "is_exact", lambda: False)
     with pytest.raises(StartupError, match=way_out) as caught:
         load(folder, weights)
     assert caught.value.param == "weights"

@@ -63,6 +63,9 @@ def test_the_ladder_is_measured_and_rises(sorted_folder: Path) -> None:
     assert measured is not None
     assert set(measured.data_sha256) == {"dialogue", "maths", "prose", "code"}
     assert measured.versions["sortserve"]
+    assert len(ladder.layer_importance) == LAYERS
+    assert all(-1 <= value <= 1 for value in ladder.layer_importance)  # LIM's: minus a cosine
+    assert len(set(ladder.layer_importance)) == LAYERS
     assert all(set(entry.domains) == set(measured.data_sha256) for entry in ladder.entries)
     assert ladder.pairs == () or {pair.answer for pair in ladder.pairs} <= {entry.id for entry in ladder.entries}
 

@@ -99,6 +99,7 @@ class EngineConfig:
     device: str = "auto"  # auto, cpu, cuda or cuda:<index>
     dtype: str = "auto"  # of weights, states and K/V: auto, float32, bfloat16 or float16
     weights: str = "auto"  # kept in memory as: auto (the dtype), int8 or fp8; states stay in the dtype
+    weights_share: float = 1.0  # of the layers that are kept as `weights` says, the least important; under 1 no head
     kv_dtype: str = "auto"  # K/V kept in memory as: auto (the dtype) or fp8 (float8_e4m3fn, scale 1; on a GPU)
     max_model_len: int | None = None  # tokens, prompt + output; None: what model and memory allow
     kv_bytes: int | None = None  # bytes for K/V pages and exit states; None: from the free memory
@@ -139,6 +140,10 @@ class EngineConfig:
             ("num_threads", None),
         ):
             _check_positive(name, getattr(self, name), high)
+        if not 0.0 < self.weights_share <= 1.0:
+            raise StartupError(f"weights_share is {self.weights_share}, must be in (0, 1]", param="weights_share")
+        if self.weights_share < 1.0 and self.weights == "auto":
+            raise StartupError("weights_share is for int8 or fp8 weights, weights is auto", param="weights_share")
         for name in ("policy", "fixed_submodel"):
             if getattr(self, name) == "":
                 raise StartupError(f"{name} is empty, must be a name", param=name)

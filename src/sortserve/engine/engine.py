@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
-from sortserve.engine.config import DTYPE_BYTES, KV_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.config import EngineConfig, ModelConfig, load_model_config
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.depth_head import DepthHead
 from sortserve.engine.errors import NotFoundError, StartupError
@@ -31,14 +31,12 @@ from sortserve.engine.rungs import Rungs
 from sortserve.engine.runner import Runner
 from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
+from sortserve.engine.settling import settle
 from sortserve.engine.simulator.runner import SimulatedRunner
-from sortserve.engine.sizing import default_kv_bytes, most_threads, size_kv
+from sortserve.engine.sizing import default_kv_bytes, size_kv
 from sortserve.engine.stepping import Stepper
 from sortserve.engine.submodel import ModelShape
 from sortserve.engine.weights import ModelWeights, Progress, load_weights
-from sortserve.kernels.dispatch import Dispatch, choose
-from sortserve.kernels.linear_int8 import is_exact
-from sortserve.kernels.products import Products, choose_products
 
 if TYPE_CHECKING:
     from sortserve.engine.cuda.start import CudaStart
@@ -47,9 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LADDER_FILE = "ladder.json"
-SMALL_LAYER = 1 << 20
-"""Weights of a layer under which one thread is used: two gain at most a quarter on the bundled model, and beside one
-other busy process their barriers made a step of 1.5 ms take 104."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +63,11 @@ class Engine:
         """Load, check that memory suffices, and measure step times. Raises StartupError with what to change."""
         began = time.monotonic()
         model_config = load_model_config(config.model_folder)
-        config, dtype, dispatch, products = _resolve(config, model_config)
-        shape = replace(
-            model_config.shape,
-            dtype_bytes=DTYPE_BYTES[config.dtype],
-            weight_bytes=WEIGHT_BYTES[config.weights],
-            kv_value_bytes=KV_BYTES[config.kv_dtype],
-        )
+        settled = settle(config, model_config)
+        config, dtype, dispatch, shape = settled.config, settled.dtype, settled.dispatch, settled.shape(model_config)
         path = config.ladder_path or config.model_folder / LADDER_FILE
         has_ladder = config.ladder_path is not None or path.exists()
-        ladder = Ladder.load(path, shape) if has_ladder else Ladder.default(shape)
+        ladder = settled.narrowed(Ladder.load(path, shape) if has_ladder else Ladder.default(shape))
         geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
         simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
         cuda = _cuda(config, model_config, dtype) if simulated is None and dispatch.is_cuda else None
@@ -95,11 +85,14 @@ class Engine:
                     ladder,
                     dtype,
                     sort_ffn=not has_ladder,
-                    products=products,
+                    products=settled.products,
+                    wide=settled.wide,
                     progress=progress,
                 )
             else:
-                weights = cuda.load(source, sort_ffn=not has_ladder, progress=progress)
+                weights = cuda.load(
+                    source, sort_ffn=not has_ladder, narrow_layers=ladder.shape.narrow_layers, progress=progress
+                )
         kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
         grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
@@ -149,7 +142,7 @@ class Engine:
             device="" if simulated is not None else dispatch.device,
             device_name=dispatch.name,
             kernels="" if simulated is not None else kernels,
-            weights=config.dtype if config.weights == "auto" else config.weights,
+            weights=settled.weights_words(ladder.shape),
             kv_dtype=config.dtype if config.kv_dtype == "auto" else config.kv_dtype,
         )
         engine = cls(config, model_config, info, scheduler, runner, Stepper(scheduler, runner))
@@ -207,7 +200,7 @@ class Engine:
             "ladder": repr(self.info.ladder.entries),
             "dtype": config.dtype,
             "device": f"{self.info.device} {self.info.device_name} {self.info.kernels} eager={config.enforce_eager}",
-            "weights": config.weights,
+            "weights": f"{config.weights} {self.info.ladder.shape.narrow_layers}",
             "kv_dtype": config.kv_dtype,
             "threads": str(config.num_threads),
             "rows": f"{config.max_running} {config.max_step_tokens} {self.info.max_model_len} {config.block_tokens}",
@@ -221,37 +214,6 @@ class Engine:
         return cost
 
 
-def _resolve(config: EngineConfig, model: ModelConfig) -> tuple[EngineConfig, torch.dtype, Dispatch, Products]:
-    """Resolve "auto" once: the device, CPU threads, bfloat16 on a GPU or where oneDNN has it (float32 checkpoints stay
-    float32), and the CPU's products."""
-    try:
-        dispatch = choose("cpu" if config.simulates is not None else config.device)
-    except ValueError as error:
-        raise StartupError(str(error), param="device") from error
-    if dispatch.reason:
-        logger.info("no GPU is used: %s", dispatch.reason)
-    shape = model.shape
-    is_small = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width < SMALL_LAYER
-    num_threads = config.num_threads or (1 if is_small else most_threads())
-    torch.set_num_threads(num_threads)
-    name = config.dtype
-    if name == "auto":
-        fast = dispatch.is_cuda or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        name = "bfloat16" if model.dtype != "float32" and fast else "float32"
-    dtype: torch.dtype = getattr(torch, name)
-    products = Products()
-    if not dispatch.is_cuda and config.simulates is None:
-        _check_formats(config)
-        products = choose_products(dtype, int8=config.weights == "int8", compile=config.compile_kernels)
-        if products.reason:
-            logger.info("%s multiplies, more slowly than products of our own: %s", products.name, products.reason)
-        dispatch = replace(dispatch, kernels=products.name)
-    resolved = replace(
-        config, device=dispatch.device, dtype=name, served_name=config.model_name, num_threads=num_threads
-    )
-    return resolved, dtype, dispatch, products
-
-
 def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "CudaStart":
     """The start on a GPU. Imported only here: triton need not be installed elsewhere."""
     from sortserve.engine.cuda.start import CudaStart
@@ -259,19 +221,6 @@ def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "Cuda
     start = CudaStart(config, model, torch.device(config.device), dtype)
     start.check()
     return start
-
-
-def _check_formats(config: EngineConfig) -> None:
-    """Raise StartupError for a format of weights or K/V that this processor does not multiply."""
-    if config.kv_dtype == "fp8":
-        raise StartupError("fp8 K/V needs a CUDA GPU; start without --kv-dtype fp8 on the CPU", param="kv_dtype")
-    if config.weights == "fp8":
-        raise StartupError("fp8 weights need a CUDA GPU; use --weights int8 on the CPU", param="weights")
-    if config.weights == "int8" and not is_exact():
-        raise StartupError(
-            "int8 weights need a processor with VNNI (AVX512-VNNI or AVX-VNNI); start without --weights int8",
-            param="weights",
-        )
 
 
 def _depth_head(ladder_path: Path, ladder: Ladder) -> DepthHead | None:

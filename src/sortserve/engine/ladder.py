@@ -5,7 +5,7 @@ shape.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Ladder:
     measured: Measured | None = None
     pairs: tuple[Pair, ...] = ()
     depth_head: DepthHeadEntry | None = None  # for these very exits: a ladder made anew has none
+    layer_importance: tuple[float, ...] = ()  # of each layer, higher matters more (LIM's); empty: not known
 
     def __post_init__(self) -> None:
         ids = [entry.id for entry in self.entries]
@@ -56,6 +57,9 @@ class Ladder:
         foreign = [name for pair in self.pairs for name in (pair.prompt, pair.answer) if name not in ids]
         if foreign:
             raise LadderError(f"pairs name {foreign[0]!r}, which is no entry of the ladder: {', '.join(ids)}")
+        if len(self.layer_importance) not in (0, self.shape.num_layers):
+            told = f"{len(self.layer_importance)} layers, the model has {self.shape.num_layers}"
+            raise LadderError(f"layer_importance lists {told}")
 
     @classmethod
     def of(
@@ -65,6 +69,7 @@ class Ladder:
         measured: Measured | None = None,
         pairs: Sequence[Pair] = (),
         depth_head: DepthHeadEntry | None = None,
+        layer_importance: Sequence[float] = (),
     ) -> "Ladder":
         """A ladder of `entries` in order of cost; the full model is added if it is not among them."""
         full = SubModel.full(shape)
@@ -74,7 +79,7 @@ class Ladder:
         # ties by depth: of two entries that read the same bytes the deeper one is the better candidate
         kept.sort(key=lambda entry: (entry.submodel != full, entry.submodel.cost(shape), entry.submodel.depth))
         kept = kept[1:] + kept[:1]
-        return cls(shape, tuple(kept), measured, tuple(pairs), depth_head)
+        return cls(shape, tuple(kept), measured, tuple(pairs), depth_head, tuple(layer_importance))
 
     @classmethod
     def default(cls, shape: ModelShape, width_percents: Sequence[int] = (75, 100)) -> "Ladder":
@@ -109,7 +114,7 @@ class Ladder:
             except ValueError as error:
                 raise LadderError(f"{path}: entries[{place}]: {error}") from error
         try:
-            return cls.of(shape, entries, file.measured, file.pairs, file.depth_head)
+            return cls.of(shape, entries, file.measured, file.pairs, file.depth_head, file.layer_importance)
         except LadderError as error:
             raise LadderError(f"{path}: {error.message}") from error
 
@@ -133,10 +138,27 @@ class Ladder:
                     method=entry.method,
                 )
             )
-        shape = self.shape
         ladder_file.write(
-            path, shape.num_layers, shape.ffn_width, entries, self.measured, list(self.pairs), self.depth_head
+            path,
+            self.shape.num_layers,
+            self.shape.ffn_width,
+            entries,
+            self.measured,
+            list(self.pairs),
+            self.depth_head,
+            self.layer_importance,
         )
+
+    def narrowed(self, share: float) -> "Ladder":
+        """The ladder of a model that keeps so many of its layers, the least important ones, in `shape.weight_bytes`; all of
+        them and the head for 1. Raises LadderError where it is not known which layers these are."""
+        if share == 1.0:
+            return self
+        if not self.layer_importance:
+            raise LadderError("it is not known how important which layer is; `sortserve ladder measure` finds out")
+        layers = sorted(range(self.shape.num_layers), key=self.layer_importance.__getitem__)
+        shape = replace(self.shape, narrow_layers=frozenset(layers[: max(1, round(share * len(layers)))]))
+        return Ladder.of(shape, self.entries, self.measured, self.pairs, self.depth_head, self.layer_importance)
 
     @cached_property
     def exits(self) -> tuple[int, ...]:

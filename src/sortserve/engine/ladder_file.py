@@ -4,6 +4,7 @@ Versioned, readable by hand, and strict: an unknown key or a value of the wrong 
 Version 1 had no `domains`, `scores`, `token_ms`, `method`, `pairs` and no provenance beyond `command`; it is still read.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -125,6 +126,7 @@ class File(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     measured: Measured | None = None
     pairs: list[Pair] = []
     depth_head: DepthHeadEntry | None = None
+    layer_importance: list[float] = []  # higher matters more; empty: not known
 
 
 def read(path: Path) -> File:
@@ -157,9 +159,10 @@ def write(
     measured: Measured | None,
     pairs: list[Pair],
     depth_head: DepthHeadEntry | None = None,
+    layer_importance: Sequence[float] = (),
 ) -> None:
     """Write the file as `read` reads it."""
-    file = File(FORMAT, VERSION, num_layers, ffn_width, entries, measured, pairs, depth_head)
+    file = File(FORMAT, VERSION, num_layers, ffn_width, entries, measured, pairs, depth_head, list(layer_importance))
     path.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
 
 
@@ -173,6 +176,6 @@ def _check_version_1(path: Path, content: bytes) -> None:
         new = sorted(set(found) & set(_SINCE_2[kind]))
         if new:
             raise LadderError(f'{path}: {place} has {new[0]!r}, a key of version 2; write "version": 2')
-    for name in ("pairs", "depth_head"):
+    for name in ("pairs", "depth_head", "layer_importance"):
         if name in raw:
             raise LadderError(f'{path}: {name!r} is a key of version 2; write "version": 2')

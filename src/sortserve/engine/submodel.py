@@ -12,7 +12,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """The sizes of a decoder that its costs follow from. All counts, except `dtype_bytes` (bytes per value of
-    states), `weight_bytes` (bytes per weight; None: as many) and `kv_value_bytes` (the same of K/V)."""
+    states), `weight_bytes` (bytes per weight; None: as many), `narrow_layers` (whose weights take `weight_bytes`, the others
+    and the head `dtype_bytes`; None: all of them) and `kv_value_bytes` (as `weight_bytes`, of K/V)."""
 
     num_layers: int
     hidden_size: int
@@ -23,12 +24,17 @@ class ModelShape:
     vocab_size: int
     dtype_bytes: int = 2
     weight_bytes: int | None = None
+    narrow_layers: frozenset[int] | None = None
     kv_value_bytes: int | None = None
 
-    @property
-    def bytes_per_weight(self) -> int:
-        """Bytes of one weight of the layers and the head; scales of quantized ones, under 0.5 %, are left out."""
-        return self.dtype_bytes if self.weight_bytes is None else self.weight_bytes
+    def is_narrow(self, layer: int | None) -> bool:
+        """Whether a layer (None: the head) is one whose weights take `weight_bytes`."""
+        return self.narrow_layers is None or layer in self.narrow_layers
+
+    def bytes_per_weight(self, layer: int | None) -> int:
+        """Bytes of one weight of a layer (None: of the head); scales of quantized ones, under 0.5 %, are left out."""
+        narrow = self.weight_bytes is not None and self.is_narrow(layer)
+        return self.weight_bytes if narrow else self.dtype_bytes  # type: ignore[return-value]
 
     @property
     def bytes_per_kv_value(self) -> int:
@@ -124,12 +130,14 @@ class SubModel:
 
     def cost(self, shape: ModelShape) -> Cost:
         """Bytes of weights read and FLOPs done for one token (embedding look-up left out, head counted)."""
-        attention = sum(
-            shape.qkv_parameters if layer in self.skip_attention else shape.attention_parameters
-            for layer in range(self.depth)
-        )
-        parameters = attention + 3 * shape.hidden_size * sum(self.widths) + shape.head_parameters
-        return Cost(parameters * shape.bytes_per_weight, 2 * parameters)
+        parameters = shape.head_parameters
+        weight_bytes = parameters * shape.bytes_per_weight(None)
+        for layer, width in enumerate(self.widths):
+            attention = shape.qkv_parameters if layer in self.skip_attention else shape.attention_parameters
+            own = attention + 3 * shape.hidden_size * width
+            parameters += own
+            weight_bytes += own * shape.bytes_per_weight(layer)
+        return Cost(weight_bytes, 2 * parameters)
 
     def parameters(self, shape: ModelShape) -> int:
         """Number of weights this sub-model reads."""

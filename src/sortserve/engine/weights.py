@@ -73,6 +73,7 @@ def load_weights(
     *,
     sort_ffn: bool = False,
     products: Products | None = None,
+    wide: Products | None = None,
     progress: Progress | None = None,
 ) -> ModelWeights:
     """Read and pack every tensor once; at any time at most one layer (or the embedding) exists twice.
@@ -80,20 +81,24 @@ def load_weights(
     `sort_ffn` puts each FFN's neurons in order of importance (for a checkpoint without a ladder), which leaves the full
     model's outputs as they are. A tied head gets a packed copy beside the embedding only where that is measured to pay.
     `products` makes the matrices, by default as they are. Int8 ones are quantized as they are read, the head too (which then
-    is a copy); embedding, norms and biases stay in `dtype`.
+    is a copy); embedding, norms and biases stay in `dtype`. `wide` makes those that `ladder.shape` does not call narrow.
     """
     names = source.names
     # the biggest tensors first: their packing's second copy then is not on top of the layers
-    products = products or Products()
-    head = None if config.tie_embeddings else products.linear(source.read(names.lm_head, dtype))
+    narrow = products or Products()
+
+    def products_of(layer: int | None) -> Products:
+        return narrow if wide is None or ladder.shape.is_narrow(layer) else wide
+
+    of_head = products_of(None)
+    head = None if config.tie_embeddings else of_head.linear(source.read(names.lm_head, dtype))
     embedding = source.read(names.embed, dtype)
     if head is None:
-        head = products.linear(embedding) if products.int8 else _tied_head(embedding, products)
+        head = of_head.linear(embedding) if of_head.int8 else _tied_head(embedding, of_head)
     layers = []
     for number, layer_names in enumerate(names.layers):
-        layers.append(
-            _load_layer(source, layer_names, config, ladder.ffn_boundaries(number), dtype, sort_ffn, products)
-        )
+        boundaries = ladder.ffn_boundaries(number)
+        layers.append(_load_layer(source, layer_names, config, boundaries, dtype, sort_ffn, products_of(number)))
         if progress is not None:
             progress(number + 1, len(names.layers))
     final_norm = RmsNorm(source.read(names.final_norm, dtype), config.rms_eps)

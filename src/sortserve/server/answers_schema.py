@@ -242,8 +242,8 @@ class Compute(BaseModel):
 class SubmodelList(BaseModel):
     """Answer of /v1/submodels, from the cheapest to the full model; and how good its predictions were until now.
 
-    `weights`: how they are kept in memory: a dtype, int8 or fp8; empty where the back end does not tell. `kv_dtype`: the
-    same of K/V, a dtype or fp8."""
+    `weights`: how they are kept in memory: a dtype, int8 or fp8, and in how many layers where not in all; empty where the
+    back end does not tell. `kv_dtype`: the same of K/V, a dtype or fp8."""
 
     object: Literal["list"] = "list"
     data: list[SubmodelCard]

@@ -191,6 +191,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="how weights are kept: auto as --dtype says, int8 at half the bytes, fp8 on a GPU; default: auto",
     )
     parser.add_argument(
+        "--weights-share",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the layers that are kept as --weights says, the least important first; the others and the head then stay "
+        "in --dtype. Needs a ladder that `sortserve sort` or `ladder measure` made. Default: 1, all and the head",
+    )
+    parser.add_argument(
         "--kv-dtype",
         default="auto",
         choices=("auto", "fp8"),

@@ -117,6 +117,7 @@ def _load(folder: Path, args: argparse.Namespace) -> "LLM":
         device=args.device,
         dtype=args.dtype,
         weights=args.weights,
+        weights_share=args.weights_share,
         kv_dtype=args.kv_dtype,
         num_threads=args.threads,
         max_model_len=args.max_model_len,

@@ -90,6 +90,7 @@ def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
         enforce_eager=args.enforce_eager,
         compile_kernels=not args.no_compile,
         weights=args.weights,
+        weights_share=args.weights_share,
         kv_dtype=args.kv_dtype,
         max_model_len=args.max_model_len,
         kv_bytes=args.kv_memory,

@@ -141,7 +141,8 @@ def run_import(args: argparse.Namespace) -> int:
 
     shape = load_model_config(args.model).shape
     target = args.to or args.model / "ladder.json"
-    start = Ladder.load(target, shape).entries if target.is_file() and not args.replace else ()
+    before = Ladder.load(target, shape) if target.is_file() else None
+    start = before.entries if before is not None and not args.replace else ()
     by_submodel = {entry.submodel: entry for entry in start}
     taken = {entry.id for entry in start}
     added = 0
@@ -154,7 +155,8 @@ def run_import(args: argparse.Namespace) -> int:
             by_submodel[one.submodel] = Entry(name, one.submodel, method=one.method)
             added += 1
     with new_file(target) as path:
-        Ladder.of(shape, list(by_submodel.values())).dump(path)
+        importance = () if before is None else before.layer_importance  # of the weights, not of the entries
+        Ladder.of(shape, list(by_submodel.values()), layer_importance=importance).dump(path)
     print(f"{target}: {added} entries added, {len(by_submodel)} in all; not measured yet")
     return 0
 

@@ -17,14 +17,16 @@ from sortserve.sorting.answers import Task, score
 from sortserve.sorting.compare import Sums, Variant, compare
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.folder import new_file
+from sortserve.sorting.layer_drop import measure_similarity
 from sortserve.sorting.lm_eval import LmEval
 from sortserve.sorting.plot import quality_plot
 from sortserve.sorting.quality import BY_LOSS, Result, build_ladder
-from sortserve.sorting.texts import Domain
+from sortserve.sorting.texts import Domain, batches
 from sortserve.sorting.timing import token_milliseconds
 
 Progress = Callable[[str], None]
 MAX_MODEL_LEN = 2048  # of questions with their answers
+IMPORTANCE_TOKENS = 128  # of each domain
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,23 @@ def measure(
         ladder = build_ladder(shape, results, None, quality=quality, keep_dominated=keep_dominated)
     told = _measure_pairs(decoder, domains, ladder, pairs, progress)
     source = provenance.measured(domains, quality=quality, seconds=time.monotonic() - started)
-    ladder = build_ladder(shape, results, source, quality=quality, pairs=told, keep_dominated=keep_dominated)
+    ladder = build_ladder(
+        shape,
+        results,
+        source,
+        quality=quality,
+        pairs=told,
+        keep_dominated=keep_dominated,
+        layer_importance=_layer_importance(decoder, domains),
+    )
     kept_submodels = {entry.submodel for entry in ladder.entries}
     return Measurement(ladder, tuple(entry for entry in everything.entries if entry.submodel not in kept_submodels))
+
+
+def _layer_importance(decoder: Decoder, domains: Sequence[Domain]) -> tuple[float, ...]:
+    """LIM's, by a few texts of each domain: layers to keep in fewer bits."""
+    texts = (batch for domain in domains for batch in batches(domain.first(IMPORTANCE_TOKENS), IMPORTANCE_TOKENS))
+    return measure_similarity(decoder, texts).lim
 
 
 def _measure_pairs(

@@ -79,6 +79,7 @@ def build_ladder(
     quality: str = BY_LOSS,
     pairs: Sequence[tuple[str, str, Mapping[str, Sums]]] = (),
     keep_dominated: bool = False,
+    layer_importance: Sequence[float] = (),
 ) -> Ladder:
     """A ladder of what was measured, the full model among it; dominated sub-models and pairs of them are left out.
 
@@ -109,7 +110,7 @@ def build_ladder(
         for prompt, answer, domains in pairs
         if {prompt, answer} <= ids
     ]
-    return Ladder.of(shape, kept, measured, told)
+    return Ladder.of(shape, kept, measured, told, layer_importance=layer_importance)
 
 
 def drop_dominated(shape: ModelShape, entries: Sequence[Entry]) -> list[Entry]:

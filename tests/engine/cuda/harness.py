@@ -37,7 +37,9 @@ class CudaHarness(Harness):
     def make_runner(self) -> CudaRunner:
         source = Checkpoint.open(self.folder, self.config)
         kind: QuantKind | None = "int8" if self.products.int8 else None
-        weights = load_device_weights(source, self.config, torch.device("cpu"), self.dtype, kind=kind)
+        weights = load_device_weights(
+            source, self.config, torch.device("cpu"), self.dtype, kind=kind, narrow_layers=self.narrow
+        )
         runner = CudaRunner(
             self.config, weights, self.geometry, self.scheduler.settings, self.num_pages, CONTEXT, self.options
         )

@@ -88,11 +88,7 @@ def paged_attention(
     query: Tensor,
     pool: Tensor,
     batch: Any,
-    *,
-    page_layers: int,
-    layer_in_page: int,
-    num_kv_heads: int,
-    window: int | None,
+    layer: Any,
     **_: Any,
 ) -> Tensor:
     num_rows, num_heads, head_dim = query.shape
@@ -110,12 +106,12 @@ def paged_attention(
         assert batch.row_sequence[first : first + count].tolist() == [seat] * count
         assert count <= batch.max_tile_rows
         stop = position + count
-        pages = batch.tables[seat, : -(-stop // size)].long() * 2 * page_layers + layer_in_page
-        shape = (-1, num_kv_heads, head_dim)
-        key, value = (pool[pages + at].to(query.dtype).reshape(shape)[:stop] for at in (0, page_layers))
+        pages = batch.tables[seat, : -(-stop // size)].long() * 2 * layer.page_layers + layer.layer_in_page
+        shape = (-1, layer.num_kv_heads, head_dim)
+        key, value = (pool[pages + at].to(query.dtype).reshape(shape)[:stop] for at in (0, layer.page_layers))
         seen = torch.arange(stop) <= position + torch.arange(count)[:, None]
-        if window is not None:
-            seen &= torch.arange(stop) > position + torch.arange(count)[:, None] - window
+        if layer.window is not None:
+            seen &= torch.arange(stop) > position + torch.arange(count)[:, None] - layer.window
         attended = F.scaled_dot_product_attention(
             query[first : first + count].transpose(0, 1)[None],
             key.transpose(0, 1)[None],

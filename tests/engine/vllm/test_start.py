@@ -55,6 +55,7 @@ def test_the_scheduler_makes_the_policy_of_the_arguments(submodel: int | None) -
         ({"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
         ({"device": "cuda"}, "a build for the CPU"),
         ({"simulates": "h200"}, "--backend simulated"),
+        ({"weights": "int8"}, "quantization=fp8"),
     ],
 )
 def test_settings_that_vllm_has_no_like_of(change: dict[str, Any], says: str) -> None:

@@ -1,11 +1,12 @@
 """Sequences with their K/V scattered over a poisoned pool, and the rows of a step over them."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sortserve.kernels.gpu.attention import PagedRows, paged_attention, reference
+from sortserve.kernels.gpu.attention import AttentionLayer, AttentionScratch, PagedRows, paged_attention, reference
 from tests.kernels.closeness import Seeded
 from tests.kernels.gpu.guarded import Guarded
 
@@ -34,7 +35,8 @@ class Case:
         spare: int = 0,
     ) -> None:
         seeded = Seeded(sum(stop for _, stop in runs) + heads * head_dim + size)
-        self.dtype, self.kv_heads, self.size, self.window = dtype, kv_heads, size, window
+        self.dtype, self.size = dtype, size
+        self.layer = AttentionLayer(PAGE_LAYERS, LAYER, kv_heads, window)
         self.pool_dtype = pool_dtype or dtype
         num_rows = sum(stop - start if start >= 0 else 1 for start, stop in runs)
         self.query = seeded.normal(num_rows, heads, head_dim, dtype=dtype)
@@ -70,35 +72,19 @@ class Case:
         )
         self.batch = dataclasses.replace(self.batch, max_context=tables.shape[1] * size)
 
-    def run(self, **changed: object) -> Tensor:
-        """Through the kernels, into a guarded output."""
+    def run(self, batch: PagedRows | None = None, scratch: AttentionScratch | None = None, **changed: Any) -> Tensor:
+        """Through the kernels, into a guarded output; `changed` of the layer."""
         rows, heads, head_dim = self.query.shape
         out = Guarded((rows, heads * head_dim), self.dtype)
-        arguments: dict[str, object] = {"batch": self.batch, "layer_in_page": LAYER, "window": self.window} | changed
-        result = paged_attention(
-            Guarded.of(self.query).tensor,
-            self.pool.tensor,
-            page_layers=PAGE_LAYERS,
-            num_kv_heads=self.kv_heads,
-            out=out.tensor,
-            **arguments,  # type: ignore[arg-type]
-        )
+        query, layer = Guarded.of(self.query).tensor, dataclasses.replace(self.layer, **changed)
+        result = paged_attention(query, self.pool.tensor, batch or self.batch, layer, scratch=scratch, out=out.tensor)
         assert result is out.tensor
         assert out.untouched()
         assert self.pool.untouched()
         return result
 
-    def expected(self, **options: float) -> Tensor:
-        return reference(
-            self.query,
-            self.pool.tensor,
-            self.batch,
-            page_layers=PAGE_LAYERS,
-            layer_in_page=LAYER,
-            num_kv_heads=self.kv_heads,
-            window=self.window,
-            **options,
-        )
+    def expected(self, **changed: Any) -> Tensor:
+        return reference(self.query, self.pool.tensor, self.batch, dataclasses.replace(self.layer, **changed))
 
 
 def ints(values: list[int]) -> Tensor:

@@ -36,22 +36,25 @@ def worst(out: Tensor, expected: Tensor) -> float:
     return worst_row_error(out[active], expected[active])
 
 
+def in_half(cases: dict[str, list[Run]], *names: str) -> list[Any]:
+    """All cases in float32, those named in float16 too."""
+    single = [pytest.param(name, torch.float32, id=name) for name in cases]
+    return single + [pytest.param(name, torch.float16, id=f"{name}-float16") for name in names]
+
+
 CONTEXTS = {
     "one-token": decode(1),
     "page": decode(16),
     "page-and-one": decode(17),
     "1000": decode(1000),
     "mixed": [*decode(70, 1), PADDING, *decode(17, 16, 5), PADDING],
-    "only-padding": [PADDING, PADDING],
+    "mostly-padding": [*decode(1), PADDING, PADDING],
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("runs", CONTEXTS.values(), ids=CONTEXTS.keys())
-def test_decode(runs: list[Run], dtype: torch.dtype) -> None:
-    if runs == CONTEXTS["only-padding"]:
-        runs = [*decode(1), *runs]
-    case = Case(runs, dtype=dtype, spare=2)
+@pytest.mark.parametrize(("name", "dtype"), in_half(CONTEXTS, "1000", "mixed"))
+def test_decode(name: str, dtype: torch.dtype) -> None:
+    case = Case(CONTEXTS[name], dtype=dtype, spare=2)
     assert worst(case.run(), case.expected()) <= allowed(dtype, 1000)
 
 
@@ -76,7 +79,7 @@ SHAPES = [
 @pytest.mark.parametrize("tile", [pytest.param(1, id="decode"), pytest.param(3, id="chunk")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape: dict[str, int], tile: int) -> None:
-    runs = decode(150, 33) if tile == 1 else [(65, 72), *decode(33)]
+    runs = decode(100, 33) if tile == 1 else [(65, 69), *decode(17)]
     case = Case(runs, tile=tile, **shape)  # type: ignore[arg-type]
     assert worst(case.run(), case.expected()) <= allowed(torch.float32)
 
@@ -91,15 +94,14 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("runs", CHUNKS.values(), ids=CHUNKS.keys())
-def test_chunks(runs: list[Run], dtype: torch.dtype) -> None:
-    tile = rows_per_tile(6, 2, 32) // 2 if runs == CHUNKS["prompt129"] else 8
-    case = Case(runs, heads=6, dtype=dtype, tile=tile, spare=1)
+@pytest.mark.parametrize(("name", "dtype"), in_half(CHUNKS, "prompt33", "decode-and-chunks"))
+def test_chunks(name: str, dtype: torch.dtype) -> None:
+    tile = rows_per_tile(6, 2, 32) // 2 if name == "prompt129" else 8
+    case = Case(CHUNKS[name], heads=6, dtype=dtype, tile=tile, spare=1)
     assert worst(case.run(), case.expected()) <= allowed(dtype)
 
 
-@pytest.mark.parametrize("window", [pytest.param(window, id=f"window{window}") for window in (1, 7, 16, 150)])
+@pytest.mark.parametrize("window", [pytest.param(window, id=f"window{window}") for window in (1, 16, 150)])
 def test_sliding_window(window: int) -> None:
     runs = [*decode(300, 1), (60, 77), (0, 9)]
     mixed = Case(runs, tile=8, window=window)
@@ -111,7 +113,7 @@ def test_sliding_window(window: int) -> None:
 def test_soft_cap_and_scale() -> None:
     for runs, tile in ((decode(40, 3), 1), ([(20, 40)], 8)):
         case = Case(runs, tile=tile, head_dim=64)
-        options = {"softcap": 1.5, "scale": 0.3}
+        options: dict[str, Any] = {"softcap": 1.5, "scale": 0.3}
         expected = case.expected(**options)
         assert worst(case.run(**options), expected) <= allowed(torch.float32)
         assert worst(case.run(scale=0.3), expected) > 100 * allowed(torch.float32)
@@ -122,7 +124,7 @@ def test_fp8_pool(dtype: torch.dtype) -> None:
     """The products see the stored numbers exactly, so the tolerance is that of the queries' dtype."""
     for runs, tile in ((decode(40, 3), 1), ([(20, 40)], 8)):
         case = Case(runs, tile=tile, dtype=dtype, pool_dtype=torch.float8_e4m3fn)
-        scales = {"key_scale": 0.5, "value_scale": 3.0}
+        scales: dict[str, Any] = {"key_scale": 0.5, "value_scale": 3.0}
         assert worst(case.run(**scales), case.expected(**scales)) <= allowed(dtype)
 
 
@@ -187,7 +189,7 @@ METADATA_BUGS = ("sees-the-next", "misses-itself", "stale-page", "wrong-layer", 
 @pytest.mark.parametrize("tile", [pytest.param(1, id="decode"), pytest.param(8, id="chunk")])
 def test_the_tolerance_finds_wrong_metadata(tile: int, bug: str) -> None:
     """Told something wrong about its rows, over a pool full of numbers. At 300 tokens one too many is 6 % of a row."""
-    runs = decode(299, 150) if tile == 1 else [(280, 299), (140, 150)]
+    runs = decode(299, 150) if tile == 1 else [(292, 299), (147, 150)]
     case = Case(runs, dtype=torch.float16, tile=tile, poisoned=False)
     changed: dict[str, Any] = {}
     positions, tables = case.batch.row_position, case.batch.tables.clone()

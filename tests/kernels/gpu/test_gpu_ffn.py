@@ -244,7 +244,6 @@ def test_tma(rows: int, options: dict[str, Any]) -> None:
     case = Case(rows, torch.float32, tma=True, **options)
     activation: ffn.Activation = "gelu_tanh" if options else "silu"
     assert _kernels(case, activation) == ["gate_up_tma_kernel", "down_tma_kernel"]
-    assert worst_row_error(case.run(activation), case.expected(activation)) <= case.allowed()
 
 
 def test_tma_computes_what_the_other_kernels_do() -> None:
@@ -256,27 +255,25 @@ def test_tma_computes_what_the_other_kernels_do() -> None:
 def test_tma_leaves_what_it_cannot_take_to_the_other_kernels() -> None:
     """Narrow weights, rows that are no multiple of 16 bytes, few rows; and of a split reduction the half that is split."""
     cases = [
-        Case(65, torch.float32, kind="int8", tma=True),
-        Case(65, torch.float32, width=201, tma=True),
-        Case(64, torch.float32, tma=True),
+        Case(65, torch.float32, hidden=32, width=144, kind="int8", tma=True),
+        Case(65, torch.float32, hidden=24, width=137, tma=True),
+        Case(64, torch.float32, hidden=24, width=136, tma=True),
     ]
     for case in cases:
         assert _kernels(case) == ["gate_up_kernel", "product_kernel"]
-        assert worst_row_error(case.run(), case.expected()) <= case.allowed()
     split = Case(65, torch.float32, hidden=40, width=1104, tma=True)
     assert _kernels(split) == ["gate_up_tma_kernel", "product_kernel", "add_parts_kernel"]
-    assert worst_row_error(split.run(), split.expected()) <= split.allowed()
 
 
 def _kernels(case: Case, activation: ffn.Activation = "silu") -> list[str]:
-    """Names of the kernels that a call starts, in order."""
+    """Names of the kernels that a call starts, in order; its result must be right."""
     started: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for module in (ffn_tma, ffn, product):
             for name in dir(module):
                 if name.endswith("_kernel"):
                     patch.setattr(module, name, _Noting(name, getattr(module, name), started))
-        case.run(activation)
+        assert worst_row_error(case.run(activation), case.expected(activation)) <= case.allowed()
     return started
 
 

@@ -19,20 +19,22 @@ def test_rows(rows: int, dtype: torch.dtype) -> None:
     if rows == 129 and dtype == torch.float16:
         pytest.skip("the interpreter takes five seconds for 129 rows: in one format")
     seeded = Seeded(rows)
-    x, weight = (Guarded.of(seeded.normal(*shape, dtype=dtype)).tensor for shape in ((rows, SIZE), (SIZE,)))
-    residual = Guarded.of(seeded.normal(rows, SIZE, dtype=dtype)).tensor
+    guards = [Guarded.of(seeded.normal(*shape, dtype=dtype)) for shape in ((rows, SIZE), (rows, SIZE), (SIZE,))]
+    x, residual, weight = (guard.tensor for guard in guards)
     index = torch.tensor(seeded.ints(0, rows, 2 * rows))
+    outs = [Guarded(shape, dtype) for shape in [(rows, SIZE)] * 3 + [(2 * rows, SIZE)]]
+    plain, summed, total, gathered = (guard.tensor for guard in outs)
+    rms_norm(x, weight, EPS, out=plain)
+    add_rms_norm(x, residual, weight, EPS, out=(summed, total))
+    gather_norm(x, index, weight, EPS, out=gathered)
+    assert all(guard.untouched() for guard in (*guards, *outs))
     allowed = tolerance(dtype, roundings=1, terms=SIZE)
-    out = Guarded((rows, SIZE), dtype)
-    rms_norm(x, weight, EPS, out.tensor)
-    assert out.untouched()
-    assert worst_row_error(out.tensor, reference(x, weight, EPS)) <= allowed
-    normed, total = add_rms_norm(x, residual, weight, EPS)
+    assert worst_row_error(plain, reference(x, weight, EPS)) <= allowed
     assert torch.equal(total, x + residual)
-    assert worst_row_error(normed, reference(total, weight, EPS)) <= allowed
-    gathered = gather_norm(x, index, weight, EPS)
-    assert torch.equal(gathered, out.tensor[index])
-    wrong = gather_norm(x, index.roll(1), weight, EPS)  # a planted bug
+    assert worst_row_error(summed, reference(total, weight, EPS)) <= allowed
+    assert worst_row_error(summed, reference(x, weight, EPS)) > 4 * allowed
+    assert torch.equal(gathered, plain[index])
+    wrong = plain[index.roll(1)]  # what a planted bug would gather
     assert rows == 1 or worst_row_error(wrong, reference(x[index], weight, EPS)) > 4 * allowed
 
 
@@ -59,4 +61,6 @@ def test_what_does_not_fit_is_refused() -> None:
         add_rms_norm(x, x[:2], torch.ones(SIZE), EPS)
     with pytest.raises(ValueError, match="not contiguous"):
         rms_norm(torch.ones(SIZE, 3).T, torch.ones(SIZE), EPS)
+    with pytest.raises(ValueError, match="int64"):
+        gather_norm(x, torch.zeros(2, dtype=torch.int32), torch.ones(SIZE), EPS)
     assert gather_norm(x, torch.zeros(0, dtype=torch.int64), torch.ones(SIZE), EPS).shape == (0, SIZE)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from sortserve.kernels.gpu import product as module
+from sortserve.kernels.gpu import tiling
 from sortserve.kernels.gpu.linear import linear
 from sortserve.kernels.gpu.product import product, reference
 from tests.kernels.closeness import ROWS, Seeded, tolerance, worst_row_error
@@ -79,7 +79,7 @@ def test_the_split_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> Non
     case = Case(5)
     whole: list[Tensor] = []
     for processors in (1, 1000):
-        monkeypatch.setattr(module, "card_of", lambda device, count=processors: module.Card(count, 227 << 10))
+        monkeypatch.setattr(tiling, "card_of", lambda device, count=processors: tiling.Card(count, 227 << 10))
         whole.append(product(**case.given()))
         assert worst_row_error(whole[-1], reference(**case.given())) <= case.allowed()
     assert not torch.equal(whole[0], whole[1]), "both ran unsplit"
@@ -114,6 +114,21 @@ def test_linear_takes_any_format() -> None:
         assert linear(**given, out=out) is out
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_with_plain_weights(bias: bool, residual: bool) -> None:
+    seeded = Seeded(5)
+    x, weight = seeded.normal(5, 24), seeded.normal(9, 24)
+    extra = (seeded.normal(9) if bias else None, seeded.normal(5, 9) if residual else None)
+    expected = reference(x, weight, None, *extra)
+    allowed = tolerance(torch.float32, roundings=3, terms=24)
+    out = torch.empty(5, 9)
+    for target in (None, out):
+        made = linear(x, weight, extra[0], residual=extra[1], out=target)
+        assert worst_row_error(made, expected) <= allowed
+    assert worst_row_error(out, expected) <= allowed
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -127,3 +142,5 @@ def test_linear_takes_any_format() -> None:
 def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         product(**Case(5, torch.int8).given(**change))
+    with pytest.raises(ValueError, match="x is"):
+        linear(torch.zeros(2, 8), torch.zeros(4, 9))

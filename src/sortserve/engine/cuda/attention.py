@@ -2,14 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sortserve.engine.config import ModelConfig
 from sortserve.engine.pages import KVGeometry
-from sortserve.kernels.gpu.attention import PagedRows, rows_per_tile
+from sortserve.kernels.gpu.attention import AttentionLayer, PagedRows, rows_per_tile
 from sortserve.kernels.gpu.backends import AttentionCall, Choice, by_rows, fastest, offers
 
 logger = logging.getLogger(__name__)
@@ -45,12 +44,7 @@ def choose_attention(
     afterwards."""
     shape, device, size = model.shape, pool.device, geometry.block_tokens
     offered = offers(device, shape.head_dim, pool.dtype)
-    options: dict[str, Any] = {
-        "page_layers": geometry.page_layers,
-        "layer_in_page": 0,
-        "num_kv_heads": shape.num_kv_heads,
-        "window": model.sliding_window,
-    }
+    layer = AttentionLayer(geometry.page_layers, 0, shape.num_kv_heads, model.sliding_window)
     pages = pool.view(-1, 2, geometry.page_layers, *pool.shape[1:])
     rows = max(1, min(max_running, TRIAL_ROWS, len(pages)))
     blocks = max(1, min(TRIAL_CONTEXT // size, geometry.num_blocks(max_model_len), len(pages) // rows))
@@ -64,8 +58,8 @@ def choose_attention(
         return torch.randn(count, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
 
     attention = Attention(
-        fastest(offered, query(rows), pool, _decode(tables, blocks * size), **options),
-        fastest(offered, query(chunk), pool, _chunk(tables, blocks * size, chunk, tile), **options),
+        fastest(offered, query(rows), pool, _decode(tables, blocks * size), layer),
+        fastest(offered, query(chunk), pool, _chunk(tables, blocks * size, chunk, tile), layer),
     )
     if not only_ours:
         pages[: rows * blocks, :, 0].zero_()

@@ -15,7 +15,7 @@ from sortserve.engine.cuda.weights import DeviceLayer, DeviceWeights, Matrix
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable
-from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows
+from sortserve.kernels.gpu.attention import AttentionLayer, AttentionScratch, PagedRows
 from sortserve.kernels.gpu.backends import AttentionCall
 from sortserve.kernels.gpu.ffn import staircase_ffn
 from sortserve.kernels.gpu.linear import linear
@@ -57,6 +57,10 @@ class Forward:
         self._max_context = max_model_len
         self._scratch = scratch
         self._attention = attention
+        kv_heads, page_layers = config.shape.num_kv_heads, geometry.page_layers
+        self._attention_layers = [
+            AttentionLayer(page_layers, number, kv_heads, config.sliding_window) for number in range(page_layers)
+        ]
         cos, sin = rope_table(config.rope, config.shape.head_dim, max_model_len)
         self._cos, self._sin = cos.to(pool.device).contiguous(), sin.to(pool.device).contiguous()
         # whether some sub-model skips the layer's attention: only then can an output bias be in the way
@@ -108,10 +112,7 @@ class Forward:
                 tile_rows,
                 whole=True,
             ),
-            page_layers=self._geometry.page_layers,
-            layer_in_page=layer_in_page,
-            num_kv_heads=self._config.shape.num_kv_heads,
-            window=self._config.sliding_window,
+            self._attention_layers[layer_in_page],
             scratch=self._scratch,
         )
         output = weights.output

@@ -22,6 +22,8 @@ from sortserve.engine.plan import Plan, SequencePlan
 from sortserve.engine.settings import SettingsTable
 
 Bools = NDArray[np.bool_]
+Which = slice | Longs  # of the rows
+NO_CHANGE: Which = slice(None)  # as an index: where there is one row for each, which is what most steps have
 
 
 @dataclass(frozen=True)
@@ -34,41 +36,57 @@ class StepRows:
     position: Longs
     first: Longs  # the segment it enters at
     exit: Longs
-    settings: Longs  # [segments, rows] id of the layer settings; 0 where it does not run
-    watermark: Longs  # [segments, sequences]
-    wanted: Bools  # its output is needed beyond its last layer; of the others only K/V are
+    kind: Longs  # its settings, a column of `kinds`
+    kinds: Longs  # [segments, kinds] ids of the layer settings; 0 where such a row does not run
+    watermark: Longs | None  # [segments, sequences]; None: no row finds its K/V there already
+    asked: Bools  # its logits are
+    keeps: Bools  # its state is kept
 
     @classmethod
     def of(cls, plan: Plan, geometry: KVGeometry) -> "StepRows":
-        """The rows of a plan."""
+        """The rows of a plan. Per sequence only what differs by it is looked at in Python."""
         segments, parts = geometry.num_segments, plan.sequences
-        spans = [(number, span) for number, part in enumerate(parts) for span in part.spans]
-        counts = np.array([span.stop - span.start for _, span in spans])
-        starts = np.array([span.start for _, span in spans])
-        run = np.repeat(np.arange(len(spans)), counts)
-        before = np.cumsum(counts) - counts
-        position = np.arange(len(run)) - before[run] + starts[run]
-        part = np.array([number for number, _ in spans])[run]
-        padded = np.array([span.settings + (0,) * (segments - span.exit) for _, span in spans], np.int64)
-        marks = np.array([part.watermark + (0,) * (segments - part.exit) for part in parts], np.int64)
-        keeps_all = np.array(
-            [(p.keep_states and p.exit < segments) or p.prompt_logprobs is not None for p in parts], np.bool_
-        )
-        sampled = np.array([p.stop - 1 if p.sample is not None else -1 for p in parts])
+        spans = [span for part in parts for span in part.spans]
+        starts = np.array([span.start for span in spans])
+        counts = np.array([span.stop for span in spans]) - starts
+        run, position, by_span = np.arange(len(spans)), starts, NO_CHANGE
+        if counts.max() > 1:
+            by_span = run = np.repeat(run, counts)
+            position = np.arange(len(run)) - (np.cumsum(counts) - counts)[run] + starts[run]
+        part, by_part, last = run, NO_CHANGE, np.ones(len(run), np.bool_)
+        if len(run) > len(parts):
+            by_part = part = np.repeat(np.arange(len(parts)), [len(part.spans) for part in parts])[by_span]
+            last = np.append(part[1:] != part[:-1], True)
+        of_kind: dict[tuple[int, ...], int] = {}
+        kind = np.array([of_kind.setdefault(span.settings, len(of_kind)) for span in spans])
+        padded = [settings + (0,) * (segments - len(settings)) for settings in of_kind]
+        marks = None  # they never rise with depth, and a sequence's first row is its lowest
+        if any(part.watermark[0] > part.spans[0].start for part in parts):
+            marks = np.array([part.watermark + (0,) * (segments - part.exit) for part in parts], np.int64).T
+        whole = np.array([part.prompt_logprobs is not None for part in parts])
+        sampled = np.array([part.sample is not None for part in parts])
+        keeps = np.array([part.keep_states and part.exit < segments for part in parts])
         return cls(
             parts=parts,
             part=part,
             run=run,
             position=position,
-            first=np.array([span.first_segment for _, span in spans])[run],
-            exit=np.array([span.exit for _, span in spans])[run],
-            settings=padded[run].T,
-            watermark=marks.T,
-            wanted=keeps_all[part] | (position == sampled[part]),
+            first=np.array([span.first_segment for span in spans])[by_span],
+            exit=np.array([span.exit for span in spans])[by_span],
+            kind=kind[by_span],
+            kinds=np.array(padded, np.int64).T,
+            watermark=marks,
+            asked=whole[by_part] | (sampled[by_part] & last),
+            keeps=keeps[by_part],
         )
 
     def __len__(self) -> int:
         return len(self.part)
+
+    @cached_property
+    def wanted(self) -> Bools:
+        """Its output is needed beyond its last layer; of the others only K/V are."""
+        return self.asked | self.keeps
 
     @cached_property
     def longest_run(self) -> int:
@@ -106,68 +124,71 @@ class RowLayout:
             [settings.settings(segment, number) for number in range(settings.num_settings(segment))]
             for segment in range(geometry.num_segments)
         ]
-        # per segment [settings, layers]
-        self._widths = [np.array([[width for width, _ in one] for one in known], np.int32) for known in by_segment]
-        self._attends = [np.array([[on for _, on in one] for one in known], np.bool_) for known in by_segment]
+        # per segment [layers, settings]
+        self._widths = [np.array([[width for width, _ in one] for one in known], np.int32).T for known in by_segment]
+        self._attends = [np.array([[on for _, on in one] for one in known], np.bool_).T for known in by_segment]
         self.state_pieces = geometry.hidden_size // geometry.state_piece
 
     def fill(self, host: Host, capacity: int, rows: StepRows, tables: PageTables, tile_rows: int) -> StepCounts:
         """Write everything about `rows` into `host`, which holds padding. Attention tiles have up to `tile_rows` rows."""
+        size, g = self._geometry.block_tokens, self._geometry.page_layers
         seats = tables.seat(rows.parts)[rows.part]
+        block, within = rows.position // size, rows.position % size
+        slots = tables.mirror[:, seats, block] * np.int64(2 * g * size) + within  # [columns, rows]
         place = np.zeros(len(rows), np.int64)
         segments, tiles = [], []
         for segment in range(int(rows.exit.max())):
-            active = np.flatnonzero((rows.first <= segment) & (rows.exit > segment))
-            segments.append(len(active))
-            tiles.append(0)
-            if not len(active):  # only a refill, which enters further up
+            active, count = _active(rows, segment)
+            segments.append(count)
+            tiles.append(count)
+            if not count:  # only a refill, which enters further up
                 continue
-            self._segment(host, capacity, rows, segment, active, place, seats[active], tables)
-            # a tile is skipped by its first row, so rows that stop short of the last layer's output have tiles of their own
-            stops_short = (rows.exit[active] == segment + 1) & ~rows.wanted[active]
-            tiles[-1] = _tiles(host, segment, 2 * rows.run[active] + stops_short, tile_rows)
+            host["sequence"][segment, :count] = seats[active]
+            self._rows(host, capacity, rows, segment, active, count, place)
+            self._slots(host, rows, segment, active, count, slots)
+            if tile_rows > 1:
+                # a tile is skipped by its first row, so rows that stop short of the last layer's output have their own
+                stops_short = (rows.exit[active] == segment + 1) & ~rows.wanted[active]
+                tiles[-1] = _tiles(host, segment, 2 * rows.run[active] + stops_short, tile_rows)
         starting = np.flatnonzero(rows.first == 0)
         host["tokens"][: len(starting)] = _tokens(rows, starting)
         return StepCounts(
             tuple(segments), tuple(tiles), _logits(host, rows), self._entering(host, rows), self._keeping(host, rows)
         )
 
-    def _segment(
-        self,
-        host: Host,
-        capacity: int,
-        rows: StepRows,
-        segment: int,
-        active: Longs,
-        place: Longs,
-        seats: Longs,
-        tables: PageTables,
+    def _rows(
+        self, host: Host, capacity: int, rows: StepRows, segment: int, active: Which, count: int, place: Longs
     ) -> None:
-        geometry, count = self._geometry, len(active)
-        position = rows.position[active]
-        entering = rows.first[active] == segment
+        """Where the segment's rows come from and leave to, and what its layers do with them. `place`: of each row in the
+        segment before; brought up to date."""
+        position, first = rows.position[active], rows.first[active]
         if segment:
-            host["source"][segment, :count] = np.where(entering, capacity + rows.entry_number[active], place[active])
+            entering = capacity + rows.entry_number[active]
+            host["source"][segment, :count] = np.where(first == segment, entering, place[active])
         place[active] = np.arange(count)
-        leaving, wanted = rows.exit[active] == segment + 1, rows.wanted[active]
-        gone = leaving & wanted
-        host["exit_slot"][segment, :count][gone] = rows.exit_number[active][gone]
         host["position"][segment, :count] = position
-        host["sequence"][segment, :count] = seats
 
-        start, end = geometry.bounds[segment], geometry.bounds[segment + 1]
-        ids, ends_here = rows.settings[segment, active], leaving & ~wanted
-        host["width"][start:end, :count] = self._widths[segment][ids].T
-        host["attend"][start:end, :count] = np.where(self._attends[segment][ids].T, position, -1)
-        # whose output nobody needs only writes K/V in its last layer
-        host["width"][end - 1, :count][ends_here] = 0
-        host["attend"][end - 1, :count][ends_here] = -1
+        start, end = self._geometry.bounds[segment], self._geometry.bounds[segment + 1]
+        ids = rows.kinds[segment][rows.kind[active]]
+        host["width"][start:end, :count] = self._widths[segment][:, ids]
+        attends = self._attends[segment]
+        host["attend"][start:end, :count] = position if attends.all() else np.where(attends[:, ids], position, -1)
 
-        size = geometry.block_tokens
-        pages = tables.mirror[geometry.columns(segment), seats, position // size].astype(np.int64)  # [columns, count]
-        slots = pages * (2 * geometry.page_layers * size) + position % size
-        writes = position >= rows.watermark[segment, rows.part[active]]
-        host["slots"][geometry.columns(segment), :count] = np.where(writes, slots, -1)
+        leaving, wanted = rows.exit[active] == segment + 1, rows.wanted[active]
+        if leaving.any():
+            gone, unwanted = leaving & wanted, leaving & ~wanted
+            host["exit_slot"][segment, :count][gone] = rows.exit_number[active][gone]
+            # whose output nobody needs only writes K/V in its last layer
+            host["width"][end - 1, :count][unwanted] = 0
+            host["attend"][end - 1, :count][unwanted] = -1
+
+    def _slots(self, host: Host, rows: StepRows, segment: int, active: Which, count: int, slots: Longs) -> None:
+        """Where K/V are written, by column of pages."""
+        columns = self._geometry.columns(segment)
+        mine = slots[columns][:, active]
+        if rows.watermark is not None:
+            mine = np.where(rows.position[active] >= rows.watermark[segment, rows.part[active]], mine, -1)
+        host["slots"][columns, :count] = mine
 
     # ---- states
 
@@ -181,11 +202,9 @@ class RowLayout:
 
     def _keeping(self, host: Host, rows: StepRows) -> int:
         """Which rows of the exit buffer are kept as states, and where."""
-        last = self._geometry.num_segments
-        keeps = np.array([part.keep_states and part.exit < last for part in rows.parts], np.bool_)
-        if not keeps.any():
+        kept = np.flatnonzero(rows.keeps)
+        if not len(kept):
             return 0
-        kept = np.flatnonzero(keeps[rows.part])
         pieces = self._pieces(rows, kept, lambda row: int(rows.exit[row]))
         host["state_write"][: len(pieces)] = pieces
         host["state_source"][: len(kept)] = rows.exit_number[kept]
@@ -203,6 +222,13 @@ class RowLayout:
         return np.concatenate(places)
 
 
+def _active(rows: StepRows, segment: int) -> tuple[Which, int]:
+    """The rows that run in a segment, and how many. Without entrants they are the first ones, and taken without a copy."""
+    runs = (rows.first <= segment) & (rows.exit > segment)
+    count = int(np.count_nonzero(runs))
+    return (slice(0, count) if runs[:count].all() else np.flatnonzero(runs)), count
+
+
 def _tiles(host: Host, segment: int, run: Longs, tile_rows: int) -> int:
     """Cut runs of rows into tiles of up to `tile_rows`; how many there are."""
     firsts = np.flatnonzero(np.r_[True, run[1:] != run[:-1]])
@@ -218,7 +244,8 @@ def _tiles(host: Host, segment: int, run: Longs, tile_rows: int) -> int:
 def _tokens(rows: StepRows, starting: Longs) -> list[int]:
     """Token ids of the rows that start from an embedding."""
     if len(rows.parts) == len(rows):  # a row each, the common case
-        return [rows.parts[row].tokens[int(rows.position[row])] for row in starting.tolist()]
+        tokens = [part.tokens[at] for part, at in zip(rows.parts, rows.position.tolist(), strict=True)]
+        return tokens if len(starting) == len(tokens) else [tokens[row] for row in starting.tolist()]
     found: list[int] = []
     for part in rows.parts:
         for span in part.spans:
@@ -229,8 +256,6 @@ def _tokens(rows: StepRows, starting: Longs) -> list[int]:
 
 def _logits(host: Host, rows: StepRows) -> int:
     """Rows of the exit buffer that get logits: those of prompts whose log-probabilities are asked for, and sampled ones."""
-    whole = np.array([part.prompt_logprobs is not None for part in rows.parts], np.bool_)
-    sampled = np.array([part.stop - 1 if part.sample is not None else -1 for part in rows.parts])
-    asked = rows.exit_number[whole[rows.part] | (rows.position == sampled[rows.part])]
+    asked = rows.exit_number[rows.asked]
     host["logit_rows"][: len(asked)] = asked
     return len(asked)

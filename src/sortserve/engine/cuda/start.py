@@ -79,12 +79,26 @@ class CudaStart:
         logits = config.max_running * shape.vocab_size * 4
         return WORKING_BYTES + (2 * config.max_step_tokens * each_row) * self.dtype.itemsize + 4 * logits
 
-    def load(self, source: WeightSource, *, sort_ffn: bool, progress: Progress | None) -> DeviceWeights:
+    def load(
+        self,
+        source: WeightSource,
+        *,
+        sort_ffn: bool,
+        narrow_layers: frozenset[int] | None,
+        progress: Progress | None,
+    ) -> DeviceWeights:
         """The weights on the device."""
         return self._guarded(
             "the weights",
             lambda: load_device_weights(
-                source, self.model, self.device, self.dtype, sort_ffn=sort_ffn, kind=self._kind(), progress=progress
+                source,
+                self.model,
+                self.device,
+                self.dtype,
+                sort_ffn=sort_ffn,
+                kind=self._kind(),
+                narrow_layers=narrow_layers,
+                progress=progress,
             ),
         )
 

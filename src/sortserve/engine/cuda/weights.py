@@ -60,13 +60,11 @@ class DeviceWeights:
 
 
 class DeviceLoader:
-    """Reads a source's tensors onto a device and counts their bytes."""
+    """Reads a source's tensors onto a device and counts their bytes. `kind`: what matrices are quantized to from now on."""
 
-    def __init__(
-        self, source: WeightSource, device: torch.device, dtype: torch.dtype, kind: QuantKind | None = None
-    ) -> None:
+    def __init__(self, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
         self.nbytes = 0
-        self._kind = kind
+        self.kind: QuantKind | None = None
         self._source = source
         self._device = device
         self._dtype = dtype
@@ -85,9 +83,9 @@ class DeviceLoader:
 
     def packed(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
         """A weight that was read, in the format that is asked for; its bytes are counted anew."""
-        if self._kind is None:
+        if self.kind is None:
             return Matrix(weight, bias)
-        values, scale = quantize(weight, self._kind)
+        values, scale = quantize(weight, self.kind)
         self.nbytes += values.nbytes + scale.nbytes - weight.nbytes
         return Matrix(values, bias, scale)
 
@@ -104,18 +102,21 @@ def load_device_weights(
     *,
     sort_ffn: bool = False,
     kind: QuantKind | None = None,
+    narrow_layers: frozenset[int] | None = None,
     progress: Progress | None = None,
 ) -> DeviceWeights:
     """Read every tensor once. `sort_ffn` as for the CPU: neurons by importance, for a checkpoint without a ladder.
 
-    `kind`: matrices are kept as int8 or fp8 with a scale per output channel. The embedding stays; a tied head is quantized
-    beside it, which pays: the head is read at every step.
+    `kind`: matrices are kept as int8 or fp8 with a scale per output channel, in `narrow_layers` only if they are given. The
+    embedding stays; a tied head is quantized beside it, which pays: the head is read at every step.
     """
-    loader, names = DeviceLoader(source, device, dtype, kind), source.names
+    loader, names = DeviceLoader(source, device, dtype), source.names
     embedding = loader.read(names.embed)
-    head = Matrix(embedding) if config.tie_embeddings and kind is None else loader.matrix(names.lm_head)
+    loader.kind = kind if narrow_layers is None else None
+    head = Matrix(embedding) if config.tie_embeddings and loader.kind is None else loader.matrix(names.lm_head)
     layers = []
     for number, layer_names in enumerate(names.layers):
+        loader.kind = kind if narrow_layers is None or number in narrow_layers else None
         layers.append(_load_layer(loader, layer_names, config.shape.head_dim, sort_ffn))
         if progress is not None:
             progress(number + 1, len(names.layers))

@@ -91,8 +91,10 @@ def cost_of(shape: ModelShape, layers: np.ndarray[tuple[int], np.dtype[np.int64]
     ridge = flops / bandwidth  # bfloat16: 2 bytes and 2 FLOPs a weight and row, so reading bounds up to so many rows
     buckets = np.array(sorted({*_BUCKETS, ridge}), np.float64)
 
-    def product(parameters: int) -> Floats:
-        return np.maximum(parameters * shape.bytes_per_weight / bandwidth, 2 * parameters * buckets / flops)
+    def product(parameters: int, each_bytes: float) -> Floats:
+        return np.maximum(parameters * each_bytes / bandwidth, 2 * parameters * buckets / flops)
+
+    layer_bytes = sum(map(shape.bytes_per_weight, range(shape.num_layers))) / shape.num_layers
 
     reduced = (
         2 * (device.count - 1) / device.count * shape.hidden_size * 2 * buckets / (device.link * device.link_share)
@@ -103,9 +105,9 @@ def cost_of(shape: ModelShape, layers: np.ndarray[tuple[int], np.dtype[np.int64]
     return CostTable(
         layers=layers,
         buckets=buckets,
-        layer=device.layer_seconds + product(shape.attention_parameters) + 2 * link,
-        ffn=product(3 * shape.hidden_size * shape.ffn_width),
-        head=product(shape.head_parameters),
+        layer=device.layer_seconds + product(shape.attention_parameters, layer_bytes) + 2 * link,
+        ffn=product(3 * shape.hidden_size * shape.ffn_width, layer_bytes),
+        head=product(shape.head_parameters, shape.bytes_per_weight(None)),
         base=device.base_seconds,
         context_seconds=kv_bytes / bandwidth,
         pair_seconds=pair_flops / (device.flops * device.attention_share * device.count),

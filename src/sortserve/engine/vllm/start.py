@@ -94,6 +94,8 @@ def check_settings(config: EngineConfig, *, cpu: bool) -> None:
             "--threads is not for --backend vllm; its CPU build takes VLLM_CPU_OMP_THREADS_BIND from the environment",
             param="num_threads",
         )
+    if config.weights != "auto":
+        raise StartupError("--weights is for the native engine; vLLM's is --vllm-arg quantization=fp8", param="weights")
     if config.kv_dtype != "auto":
         raise StartupError(
             "--kv-dtype is for the native engine; vLLM's is --vllm-arg kv_cache_dtype=fp8", param="kv_dtype"

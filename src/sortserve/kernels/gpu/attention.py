@@ -12,38 +12,23 @@ from torch import Tensor
 
 from sortserve.kernels.gpu.attention_chunk import attend_chunks, rows_per_tile
 from sortserve.kernels.gpu.attention_decode import AttentionScratch, attend_decode
-from sortserve.kernels.gpu.paged import NO_WINDOW, PagedRows, PoolShape, Scores, reference
+from sortserve.kernels.gpu.paged import AttentionLayer, PagedRows, PoolShape, reference
 
-__all__ = ["AttentionScratch", "PagedRows", "paged_attention", "reference", "rows_per_tile"]
+__all__ = ["AttentionLayer", "AttentionScratch", "PagedRows", "paged_attention", "reference", "rows_per_tile"]
 
 
 def paged_attention(
     query: Tensor,
     pool: Tensor,
     batch: PagedRows,
+    layer: AttentionLayer,
     *,
-    page_layers: int,
-    layer_in_page: int,
-    num_kv_heads: int,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    key_scale: float | None = None,
-    value_scale: float | None = None,
     scratch: AttentionScratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """query [rows, heads, head_dim] over the K/V in `pool` -> [rows, heads * head_dim]; padding rows become zeros.
-
-    `scale` on q.k is 1 / sqrt(head_dim) unless given. `key_scale` and `value_scale` are those of an fp8 pool, which
-    holds K / key_scale and V / value_scale. Raises ValueError for what does not fit; what the device tensors say (pages,
-    positions, tiles) is the caller's word.
-    """
-    shape = check(query, pool, batch, page_layers, layer_in_page, num_kv_heads)
-    if pool.dtype != torch.float8_e4m3fn and (key_scale is not None or value_scale is not None):
-        raise ValueError(f"key_scale and value_scale are for float8_e4m3fn pools, not {pool.dtype}")
-    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
-        raise ValueError(f"window {window} and softcap {softcap} must be positive or None")
+    """query [rows, heads, head_dim] over the K/V in `pool` -> [rows, heads * head_dim]; padding rows become zeros. Raises
+    ValueError for what does not fit; what the device tensors say (pages, positions, tiles) is the caller's word."""
+    shape = check(query, pool, batch, layer)
     width = shape.num_heads * shape.head_dim
     if out is None:
         out = torch.empty(query.shape[0], width, dtype=query.dtype, device=query.device)
@@ -51,22 +36,17 @@ def paged_attention(
         raise ValueError(f"out {tuple(out.shape)} {out.dtype}, expected contiguous {(query.shape[0], width)}")
     if query.shape[0] == 0:
         return out
-    scores = Scores(
-        (shape.head_dim**-0.5 if scale is None else scale) * (key_scale or 1.0),
-        softcap or 0.0,
-        NO_WINDOW if window is None else window,
-        value_scale or 1.0,
-    )
-    attend_decode(query, pool, batch, shape, scores, layer_in_page, out, scratch)
+    scores = layer.scores(shape.head_dim)
+    attend_decode(query, pool, batch, shape, scores, layer.layer_in_page, out, scratch)
     if batch.max_tile_rows > 1:
-        attend_chunks(query, pool, batch, shape, scores, layer_in_page, out)
+        attend_chunks(query, pool, batch, shape, scores, layer.layer_in_page, out)
     return out
 
 
-def check(
-    query: Tensor, pool: Tensor, batch: PagedRows, page_layers: int, layer_in_page: int, num_kv_heads: int
-) -> PoolShape:
+def check(query: Tensor, pool: Tensor, batch: PagedRows, layer: AttentionLayer) -> PoolShape:
     """The sizes of a call; ValueError where they do not fit."""
+    num_kv_heads, page_layers = layer.num_kv_heads, layer.page_layers
+    _check_scores(layer, pool)
     if query.dim() != 3 or query.stride(2) != 1 or query.stride(1) != query.shape[2]:
         raise ValueError(f"query {tuple(query.shape)} with strides {query.stride()}: heads of a row must lie together")
     rows, num_heads, head_dim = query.shape
@@ -76,16 +56,10 @@ def check(
         raise ValueError(f"pool {tuple(pool.shape)}, expected contiguous (.., .., {num_kv_heads * head_dim})")
     if pool.shape[1] not in (16, 32, 64):
         raise ValueError(f"pages of {pool.shape[1]} tokens; the kernels read 16, 32 or 64")
-    if not 0 <= layer_in_page < page_layers or pool.shape[0] % (2 * page_layers):
-        raise ValueError(f"layer {layer_in_page} of {page_layers} in a page, pool of {pool.shape[0]} rows")
+    if not 0 <= layer.layer_in_page < page_layers or pool.shape[0] % (2 * page_layers):
+        raise ValueError(f"layer {layer.layer_in_page} of {page_layers} in a page, pool of {pool.shape[0]} rows")
     if pool.dtype not in (query.dtype, torch.float8_e4m3fn):
         raise ValueError(f"a pool of {pool.dtype} for queries of {query.dtype}")
-    if (
-        pool.dtype == torch.float8_e4m3fn
-        and pool.device.type == "cuda"
-        and torch.cuda.get_device_capability(pool.device) < (8, 9)
-    ):
-        raise ValueError("float8_e4m3fn K/V needs compute capability 8.9 or newer")
     if batch.max_context < 1 or batch.max_context > batch.tables.shape[1] * pool.shape[1]:
         raise ValueError(f"max_context {batch.max_context}, but tables of {batch.tables.shape[1]} pages")
     _check_rows(batch, rows, query.device)
@@ -94,6 +68,16 @@ def check(
     if not 1 <= batch.max_tile_rows <= limit:
         raise ValueError(f"tiles of {batch.max_tile_rows} rows, the limit here is {limit}")
     return shape
+
+
+def _check_scores(layer: AttentionLayer, pool: Tensor) -> None:
+    is_fp8 = pool.dtype == torch.float8_e4m3fn
+    if not is_fp8 and (layer.key_scale is not None or layer.value_scale is not None):
+        raise ValueError(f"key_scale and value_scale are for float8_e4m3fn pools, not {pool.dtype}")
+    if is_fp8 and pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device) < (8, 9):
+        raise ValueError("float8_e4m3fn K/V needs compute capability 8.9 or newer")
+    if (layer.window is not None and layer.window < 1) or (layer.softcap is not None and layer.softcap <= 0):
+        raise ValueError(f"window {layer.window} and softcap {layer.softcap} must be positive or None")
 
 
 def _check_rows(batch: PagedRows, rows: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sortserve.kernels.gpu.paged import PagedRows, PoolShape, Scores, load_keys_values, softmax_step
-from sortserve.kernels.gpu.product import card_of
+from sortserve.kernels.gpu.tiling import card_of
 
 MAX_SPLITS = 128
 TOKENS_PER_LONG_SPLIT = 2048  # at most so many tokens of a row are read by one program, however many rows there are

@@ -12,13 +12,14 @@ import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sortserve.kernels.gpu import flash_attention
-from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention
+from sortserve.kernels.gpu.attention import AttentionLayer, AttentionScratch, PagedRows, paged_attention
 
 OURS = "triton"
 AGREEMENT = 0.02
@@ -33,15 +34,8 @@ class AttentionCall(Protocol):
         query: Tensor,
         pool: Tensor,
         batch: PagedRows,
+        layer: AttentionLayer,
         *,
-        page_layers: int,
-        layer_in_page: int,
-        num_kv_heads: int,
-        window: int | None = None,
-        softcap: float | None = None,
-        scale: float | None = None,
-        key_scale: float | None = None,
-        value_scale: float | None = None,
         scratch: AttentionScratch | None = None,
         out: Tensor | None = None,
     ) -> Tensor: ...
@@ -69,8 +63,8 @@ class Choice:
 def by_rows(decode: AttentionCall, chunks: AttentionCall) -> AttentionCall:
     """One call for both: `decode` where every row is a tile of its own, else `chunks`."""
 
-    def attention(query: Tensor, pool: Tensor, batch: PagedRows, **options: Any) -> Tensor:
-        return (decode if batch.max_tile_rows == 1 else chunks)(query, pool, batch, **options)
+    def attention(query: Tensor, pool: Tensor, batch: PagedRows, layer: AttentionLayer, **where: Any) -> Tensor:
+        return (decode if batch.max_tile_rows == 1 else chunks)(query, pool, batch, layer, **where)
 
     return decode if decode is chunks else attention
 
@@ -92,11 +86,11 @@ def fastest(
     query: Tensor,
     pool: Tensor,
     batch: PagedRows,
+    layer: AttentionLayer,
     *,
     timer: Callable[[Callable[[], Tensor]], float] | None = None,
-    **options: Any,
 ) -> Choice:
-    """The fastest of the offers for a call like this one (`options` as for `paged_attention`), measured as captured graphs.
+    """The fastest of the offers for a call like this one, measured as captured graphs.
 
     One that raises, cannot be captured, or differs from our result by more than `AGREEMENT` is out, with the reason.
     """
@@ -105,15 +99,15 @@ def fastest(
     reasons = {offer.name: offer.reason for offer in offered if offer.call is None}
     if len(calls) == 1:
         return Choice(OURS, calls[OURS], {}, reasons)
-    expected = calls[OURS](query, pool, batch, **options).double()
+    expected = calls[OURS](query, pool, batch, layer).double()
     measured = dict[str, float]()
     for name, call in calls.items():
         try:
-            difference = float((call(query, pool, batch, **options).double() - expected).norm() / expected.norm())
+            difference = float((call(query, pool, batch, layer).double() - expected).norm() / expected.norm())
             if not difference <= AGREEMENT:
                 reasons[name] = f"its result differs by {difference:.3g} from ours"
                 continue
-            measured[name] = timer(_bound(call, query, pool, batch, options))
+            measured[name] = timer(partial(call, query, pool, batch, layer))
         except (RuntimeError, ValueError, TypeError) as error:  # a library's own refusal, whatever it is
             reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     best = min(measured, key=lambda name: measured[name])
@@ -121,12 +115,6 @@ def fastest(
         if name != best:
             reasons[name] = f"{milliseconds:.4f} ms, {best} {measured[best]:.4f}"
     return Choice(best, calls[best], measured, reasons)
-
-
-def _bound(
-    call: AttentionCall, query: Tensor, pool: Tensor, batch: PagedRows, options: dict[str, Any]
-) -> Callable[[], Tensor]:
-    return lambda: call(query, pool, batch, **options)
 
 
 def _graph_milliseconds(call: Callable[[], Tensor]) -> float:

@@ -28,21 +28,9 @@ from torch import Tensor
 
 from sortserve.kernels.gpu.checks import expect, output
 from sortserve.kernels.gpu.ffn_tma import down_by_tma, fits_tma, gate_up_by_tma, has_tma
-from sortserve.kernels.gpu.gated import Activation, GatedWeights, activate
-from sortserve.kernels.gpu.product import (
-    COVER,
-    Tiles,
-    card_of,
-    check_weight,
-    plan,
-    product,
-    programs_for,
-    stages_for,
-    tile_rows,
-)
-
-GROUP_ROWS = 16
-"""Row tiles that are walked for all neurons before the next ones, so that x and the weights in use fit the L2 cache."""
+from sortserve.kernels.gpu.gated import Activation, GatedWeights, gated_tile, tile_place, tile_widths
+from sortserve.kernels.gpu.product import check_weight, product
+from sortserve.kernels.gpu.tiling import COVER, GROUP_ROWS, Tiles, gate_up_tiles, plan, programs_for
 
 __all__ = ["Activation", "FfnScratch", "GatedWeights", "reference", "staircase_ffn"]
 
@@ -74,8 +62,7 @@ def _gate_up_tile(
     """inner[rows, neurons] of one tile, zero where a row is not wide enough."""
     rows = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < num_rows
-    widths = tl.minimum(tl.load(widths_ptr + rows, mask=row_ok, other=0), width)
-    widest = tl.maximum(tl.max(widths, 0), 0)
+    widths, widest = tile_widths(widths_ptr, rows, num_rows, width)
     first = col_tile * BLOCK_N
     if first < tl.cdiv(widest, COVER) * COVER:
         cols = first + tl.arange(0, BLOCK_N)
@@ -97,10 +84,7 @@ def _gate_up_tile(
             if HAS_SCALE:
                 gate *= tl.load(gate_scale_ptr + cols, mask=col_ok, other=0.0)[None, :]
                 up *= tl.load(up_scale_ptr + cols, mask=col_ok, other=0.0)[None, :]
-            if HAS_BIAS:
-                gate += tl.load(gate_bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-                up += tl.load(up_bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-        inner = tl.where(cols[None, :] < widths[:, None], activate(gate, up, GELU), 0.0)
+        inner = gated_tile(gate, up, gate_bias_ptr, up_bias_ptr, cols, widths, width, HAS_BIAS, GELU)
         places = rows.to(tl.int64)[:, None] * width + cols[None, :]
         ok = row_ok[:, None] & (cols < width)[None, :]
         tl.store(inner_ptr + places, inner.to(inner_ptr.dtype.element_ty), mask=ok)
@@ -133,12 +117,10 @@ def gate_up_kernel(
 ) -> None:
     """All tiles, in groups of row tiles; as many programs as tiles for few rows, a fixed number for many."""
     for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
-        first = tile // (GROUP * col_tiles) * GROUP
-        in_group = tl.minimum(row_tiles - first, GROUP)
-        place = tile % (GROUP * col_tiles)
+        row_tile, col_tile = tile_place(tile, row_tiles, col_tiles, GROUP)
         _gate_up_tile(
             x_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, gate_bias_ptr, up_bias_ptr, widths_ptr, inner_ptr,
-            first + place % in_group, place // in_group, num_rows, hidden, width,
+            row_tile, col_tile, num_rows, hidden, width,
             HAS_SCALE, HAS_BIAS, GELU, COVER, BLOCK_R, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
@@ -158,20 +140,6 @@ class FfnScratch:
         needed = [rows * plan(rows, x, weights.down)[1] for rows in range(1, max_rows + 1)]
         parts = max(needed, default=0) * hidden
         return cls(x.new_empty(max_rows * width), x.new_empty(parts, dtype=torch.float32))
-
-
-def gate_up_tiles(rows: int, x: Tensor, gate: Tensor) -> Tiles:
-    """Wide tiles where they fill the card twice, else narrow ones with longer steps."""
-    block_r, width = tile_rows(rows), gate.shape[0]
-    if block_r == 128:
-        out, inner, warps = 128, 64, 8
-    else:
-        enough = 2 * card_of(x.device).processors
-        row_tiles = triton.cdiv(rows, block_r)
-        out = next((size for size in (64, 32) if row_tiles * triton.cdiv(width, size) >= enough), 16)
-        inner, warps = (64 if block_r == 64 else 128 if out == 64 else 256), 4
-    step_bytes = inner * (block_r * x.itemsize + 2 * out * gate.itemsize)
-    return Tiles(block_r, out, inner, warps, stages_for(block_r, step_bytes, x.device))
 
 
 def staircase_ffn(

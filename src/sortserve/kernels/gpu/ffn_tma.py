@@ -21,11 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sortserve.kernels.gpu.gated import Activation, GatedWeights, activate
-from sortserve.kernels.gpu.product import COVER, Tiles, finish, programs_for, reach
+from sortserve.kernels.gpu.gated import Activation, GatedWeights, gated_tile, tile_place, tile_widths
+from sortserve.kernels.gpu.product import finish, reach
+from sortserve.kernels.gpu.tiling import COVER, GROUP_ROWS, Tiles, programs_for
 
-GROUP_ROWS = 16
-"""As in ffn.py."""
 LEAST_CAPABILITY = (9, 0)
 
 
@@ -42,20 +41,6 @@ def fits_tma(x: Tensor, inner: Tensor, weights: GatedWeights) -> bool:
         matrix.dtype == x.dtype and matrix.data_ptr() % 16 == 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
         for matrix in matrices
     )
-
-
-@triton.jit
-def _place(
-    tile: "Any",
-    row_tiles: "Any",
-    col_tiles: "Any",
-    GROUP: tl.constexpr,
-) -> "Any":
-    """(row tile, column tile) of the tile-th step of the walk, in groups of row tiles."""
-    first = tile // (GROUP * col_tiles) * GROUP
-    in_group = tl.minimum(row_tiles - first, GROUP)
-    place = tile % (GROUP * col_tiles)
-    return first + place % in_group, place // in_group
 
 
 @triton.jit
@@ -81,11 +66,10 @@ def gate_up_tma_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
-        row_tile, col_tile = _place(tile, row_tiles, col_tiles, GROUP)
+        row_tile, col_tile = tile_place(tile, row_tiles, col_tiles, GROUP)
         row, col = row_tile * BLOCK_R, col_tile * BLOCK_N
         rows = row + tl.arange(0, BLOCK_R)
-        widths = tl.minimum(tl.load(widths_ptr + rows, mask=rows < num_rows, other=0), width)
-        widest = tl.maximum(tl.max(widths, 0), 0)
+        widths, widest = tile_widths(widths_ptr, rows, num_rows, width)
         if col < tl.cdiv(widest, COVER) * COVER:
             cols = col + tl.arange(0, BLOCK_N)
             gates = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -95,10 +79,7 @@ def gate_up_tma_kernel(
                     part = x.load([row, k])
                     gates = tl.dot(part, tl.trans(gate.load([col, k])), gates, input_precision="ieee")
                     ups = tl.dot(part, tl.trans(up.load([col, k])), ups, input_precision="ieee")
-                if HAS_BIAS:
-                    gates += tl.load(gate_bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-                    ups += tl.load(up_bias_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)[None, :]
-            made = tl.where(cols[None, :] < widths[:, None], activate(gates, ups, GELU), 0.0)
+            made = gated_tile(gates, ups, gate_bias_ptr, up_bias_ptr, cols, widths, width, HAS_BIAS, GELU)
             inner.store([row, col], made.to(inner.dtype))
 
 
@@ -123,7 +104,7 @@ def down_tma_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
-        row_tile, col_tile = _place(tile, row_tiles, col_tiles, GROUP)
+        row_tile, col_tile = tile_place(tile, row_tiles, col_tiles, GROUP)
         row, col = row_tile * BLOCK_R, col_tile * BLOCK_N
         acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         for k in range(0, reach(widths_ptr, row_tile, num_rows, width, True, BLOCK_R), BLOCK_K):

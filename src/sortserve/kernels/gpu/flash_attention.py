@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sortserve.kernels.gpu.attention import AttentionScratch, PagedRows, paged_attention
+from sortserve.kernels.gpu.attention import AttentionLayer, AttentionScratch, PagedRows, paged_attention
 
 MODULE = "flash_attn_interface"
 
 
-def layer_views(pool: Tensor, page_layers: int, layer_in_page: int, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+def layer_views(pool: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
     """K and V of one layer as views [pages, block_tokens, kv_heads, head_dim] of the pool."""
-    pages = pool.view(-1, 2, page_layers, pool.shape[1], num_kv_heads, pool.shape[2] // num_kv_heads)
-    return pages[:, 0, layer_in_page], pages[:, 1, layer_in_page]
+    heads = layer.num_kv_heads
+    pages = pool.view(-1, 2, layer.page_layers, pool.shape[1], heads, pool.shape[2] // heads)
+    return pages[:, 0, layer.layer_in_page], pages[:, 1, layer.layer_in_page]
 
 
 def library(device: torch.device, head_dim: int, pool_dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -51,37 +52,17 @@ def on_our_pages(with_cache: Callable[..., Tensor]) -> Callable[..., Tensor]:
         query: Tensor,
         pool: Tensor,
         batch: PagedRows,
+        layer: AttentionLayer,
         *,
-        page_layers: int,
-        layer_in_page: int,
-        num_kv_heads: int,
-        window: int | None = None,
-        softcap: float | None = None,
-        scale: float | None = None,
-        key_scale: float | None = None,
-        value_scale: float | None = None,
         scratch: AttentionScratch | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         if batch.max_tile_rows > 1 and not batch.whole:
-            return paged_attention(
-                query,
-                pool,
-                batch,
-                page_layers=page_layers,
-                layer_in_page=layer_in_page,
-                num_kv_heads=num_kv_heads,
-                window=window,
-                softcap=softcap,
-                scale=scale,
-                key_scale=key_scale,
-                value_scale=value_scale,
-                scratch=scratch,
-                out=out,
-            )
-        if key_scale is not None or value_scale is not None:
+            return paged_attention(query, pool, batch, layer, scratch=scratch, out=out)
+        if layer.key_scale is not None or layer.value_scale is not None:
             raise ValueError("key_scale and value_scale are for float8_e4m3fn pools, which FlashAttention does not get")
-        key, value = layer_views(pool, page_layers, layer_in_page, num_kv_heads)
+        key, value = layer_views(pool, layer)
+        window = layer.window
         queries, sequence, last_row, ragged = _sequences(query, batch)
         result = with_cache(
             queries,
@@ -89,10 +70,10 @@ def on_our_pages(with_cache: Callable[..., Tensor]) -> Callable[..., Tensor]:
             value,
             cache_seqlens=last_row + 1,  # 0 for padding rows: their result is zeros
             page_table=batch.tables.index_select(0, sequence),
-            softmax_scale=scale,
+            softmax_scale=layer.scale,
             causal=True,
             window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
-            softcap=softcap or 0.0,
+            softcap=layer.softcap or 0.0,
             **ragged,
         )
         flat = result.view(query.shape[0], -1)

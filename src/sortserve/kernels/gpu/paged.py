@@ -34,6 +34,30 @@ class PagedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """What a call computes, apart from its rows: where the layer's K and V lie, and how q.k becomes a weight. The last two
+    are the scales of an fp8 pool, which holds K / key_scale and V / value_scale."""
+
+    page_layers: int  # layers of a page
+    layer_in_page: int
+    num_kv_heads: int
+    window: int | None = None  # a row sees so many tokens, itself among them; None: all before it
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    scale: float | None = None  # on q.k; None: 1 / sqrt(head_dim)
+    key_scale: float | None = None
+    value_scale: float | None = None
+
+    def scores(self, head_dim: int) -> "Scores":
+        """As the kernels take it."""
+        return Scores(
+            (head_dim**-0.5 if self.scale is None else self.scale) * (self.key_scale or 1.0),
+            self.softcap or 0.0,
+            NO_WINDOW if self.window is None else self.window,
+            self.value_scale or 1.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PoolShape:
     """How the pool is cut, and by how many heads it is read; all compile-time constants of the kernels."""
 
@@ -144,38 +168,25 @@ def softmax_step(
     return accumulator, highest, total
 
 
-def reference(
-    query: Tensor,
-    pool: Tensor,
-    batch: PagedRows,
-    *,
-    page_layers: int,
-    layer_in_page: int,
-    num_kv_heads: int,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    key_scale: float | None = None,
-    value_scale: float | None = None,
-) -> Tensor:
+def reference(query: Tensor, pool: Tensor, batch: PagedRows, layer: AttentionLayer) -> Tensor:
     """The formula in float64, row by row, over the K/V that its table names: [rows, heads * head_dim]."""
     num_heads, head_dim = query.shape[1:]
     size = pool.shape[1]
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = head_dim**-0.5 if layer.scale is None else layer.scale
     out = torch.zeros(query.shape[0], num_heads * head_dim, dtype=torch.float64, device=query.device)
     for row, position in enumerate(batch.row_position.tolist()):
         if position < 0:
             continue
-        tokens = torch.arange(0 if window is None else max(0, position + 1 - window), position + 1)
+        tokens = torch.arange(0 if layer.window is None else max(0, position + 1 - layer.window), position + 1)
         pages = batch.tables[int(batch.row_sequence[row])].long().cpu()[tokens // size]
-        rows = (pages * (2 * page_layers) + layer_in_page).to(pool.device)
+        rows = (pages * (2 * layer.page_layers) + layer.layer_in_page).to(pool.device)
         places = (tokens % size).to(pool.device)
-        shape = (-1, num_kv_heads, head_dim)
-        keys = pool[rows, places].double().view(shape) * (key_scale or 1.0)
-        values = pool[rows + page_layers, places].double().view(shape) * (value_scale or 1.0)
-        grouped = query[row].double().view(num_kv_heads, -1, head_dim)
+        shape = (-1, layer.num_kv_heads, head_dim)
+        keys = pool[rows, places].double().view(shape) * (layer.key_scale or 1.0)
+        values = pool[rows + layer.page_layers, places].double().view(shape) * (layer.value_scale or 1.0)
+        grouped = query[row].double().view(layer.num_kv_heads, -1, head_dim)
         scores = torch.einsum("kgd,ckd->kgc", grouped, keys) * scale
-        if softcap is not None:
-            scores = (scores / softcap).tanh() * softcap
+        if layer.softcap is not None:
+            scores = (scores / layer.softcap).tanh() * layer.softcap
         out[row] = torch.einsum("kgc,ckd->kgd", scores.softmax(-1), values).flatten()
     return out
