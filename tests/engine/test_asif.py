@@ -23,6 +23,7 @@ from sortserve.kernels.ffn import BlockRows, FfnRows
 from sortserve.kernels.linear_int8 import is_exact
 from sortserve.kernels.products import choose_products
 from tests.engine.asif import Harness, Oracle, random_run
+from tests.engine.launching import LateTokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,9 +58,14 @@ def test_int8_weights_are_as_if(folder: Path, compile: bool) -> None:
     products = choose_products(torch.float32, int8=True, compile=compile)
     if products.native is None and (compile or not is_exact()):
         pytest.skip(f"no exact int8 products here: {products.reason}")
+    in_one_call = 0  # mixes of settings for which layers ran so
     for seed, narrow in enumerate((None, None, SOME_LAYERS)):
-        rng = random.Random(seed)
-        random_run(Harness(folder, num_pages=140, products=products, narrow=narrow), rng, num_actions=60)
+        harness = Harness(folder, num_pages=140, products=products, narrow=narrow)
+        random_run(harness, random.Random(seed), num_actions=60)
+        assert isinstance(harness.runner, LateTokens)
+        assert isinstance(harness.runner.runner, Runner)
+        in_one_call += len(harness.runner.runner._builder.layer_cache)
+    assert (in_one_call > 10) == compile
     for narrow, told in ((None, False), (SOME_LAYERS, True)):  # told: that all layers are quantized
         harness = Harness(folder, num_pages=140, products=products, narrow=narrow)
         harness.oracle = Oracle(folder, harness.config, int8=told)

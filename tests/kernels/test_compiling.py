@@ -47,6 +47,12 @@ def test_a_changed_source_is_compiled_anew(compiled: Path, source: Path) -> None
     assert len(list(compiled.parent.iterdir())) == 2, "nothing else is left there"
 
 
+def test_a_changed_header_is_compiled_anew(compiled: Path, source: Path) -> None:
+    source.with_name("more.h").write_text("#pragma once\n")
+    assert library(source).answer() == 42
+    assert len(list(compiled.parent.iterdir())) == 2
+
+
 @pytest.mark.parametrize("part", ["file", "folder"])
 def test_what_others_could_have_written_is_not_loaded(compiled: Path, source: Path, part: str) -> None:
     (compiled if part == "file" else compiled.parent).chmod(0o777)

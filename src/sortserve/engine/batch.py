@@ -4,7 +4,7 @@ The rows of a segment are the spans active in it, in the plan's order of sequenc
 they are the first rows of the segment before; with entrants they are gathered once by an index list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan, Span
+from sortserve.engine.submodel import LayerSettings
 from sortserve.kernels.attention import AttentionRows, RowGroup, causal_mask
 from sortserve.kernels.ffn import FfnRows, plan_rows
+from sortserve.kernels.native_layers import RowSettings
 
 Longs = NDArray[np.int64]
 
@@ -54,6 +56,13 @@ class SegmentBatch:
     num_staying: int  # rows that go on to the next segment: the first ones
     layout: tuple[bytes, bytes]  # `rows_settings` of all and of the `last` rows, as a key for what is derived from them
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every row is the next token of a sequence: nothing to leave unwritten, and no run of rows."""
+        groups = self.attention.groups
+        alone = len(groups) == 1 and groups[0].rows is None and groups[0].rows_each == 1
+        return alone and self.write_rows is None and self.last is None
+
     def choose(self, by_settings: Sequence[bool], last: bool, dtype: torch.dtype) -> Tensor:
         """Per row 0 or 1 by its settings, [rows, 1]; of the `last` rows only if `last`."""
         rows = torch.tensor(by_settings)[torch.from_numpy(self.rows_settings).long()]
@@ -70,6 +79,7 @@ class BatchBuilder:
     dtype: torch.dtype
     window: int | None = None
     ffn_cache: dict[tuple[object, ...], FfnRows] = field(default_factory=dict)
+    layer_cache: dict[tuple[object, ...], RowSettings] = field(default_factory=dict)
 
     def build(self, plan: Plan) -> list[SegmentBatch]:
         """The segments that some row runs, ascending."""
@@ -243,3 +253,16 @@ class BatchBuilder:
             settings = np.frombuffer(batch.layout[last], np.int16)
             self.ffn_cache[key] = plan_rows(np.asarray(widths)[settings].tolist(), boundaries, self.dtype)
         return self.ffn_cache[key]
+
+    def layer_rows(
+        self, batch: SegmentBatch, by_id: Sequence[LayerSettings], make: Callable[[Longs, Longs], RowSettings]
+    ) -> RowSettings:
+        """What `make` gives for widths and attention [layers, rows]; `by_id` are the settings of `batch.settings`. Steps
+        that are alike share the answer."""
+        key = (batch.segment, batch.settings, batch.layout[0])
+        if key not in self.layer_cache:
+            if len(self.layer_cache) > 256:
+                self.layer_cache.clear()
+            both = np.array(by_id, np.int64)[batch.rows_settings]  # [rows, layers, width and attention]
+            self.layer_cache[key] = make(both[:, :, 0].T, both[:, :, 1].T)
+        return self.layer_cache[key]

@@ -13,6 +13,7 @@ from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import LayerWeights, ModelWeights
 from sortserve.kernels.attention import attend
+from sortserve.kernels.native_layers import LayersShape, NativeLayers
 from sortserve.kernels.rope import rotate
 
 
@@ -35,6 +36,7 @@ class Model:
         self._builder = builder
         cos, sin = rope_table(config.rope, config.shape.head_dim, max_model_len)
         self._rotations = torch.complex(cos, sin)[:, None]  # [max_model_len, 1, head_dim / 2]
+        self._native = self._native_layers()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [rows] -> [rows, hidden]."""
@@ -44,14 +46,33 @@ class Model:
         """Exit rows [rows, hidden], before the final norm -> float32 logits [rows, vocab]."""
         return self.weights.head(self.weights.final_norm(hidden)).float()
 
+    def _native_layers(self) -> NativeLayers | None:
+        """The layers as one call, where all products are our own."""
+        if not all(layer.is_native for layer in self.weights.layers):
+            return None
+        shape, geometry = self.config.shape, self._geometry
+        common = LayersShape(
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            geometry.block_tokens,
+            geometry.page_layers,
+            self.config.sliding_window,
+        )
+        return NativeLayers(self.weights.layers, common, self._rotations)
+
     def run_segment(self, hidden: Tensor, batch: SegmentBatch, pool: Tensor) -> Tensor:
         """hidden [batch.num_rows, hidden] through the segment's layers, writing K/V into `pool`.
 
         In the last layer only the rows of `batch.last` go on after their K/V are written; these are returned.
         """
         start, end = self._geometry.bounds[batch.segment], self._geometry.bounds[batch.segment + 1]
-        rotation = self._rotations[batch.positions]
         by_id = [self._settings.settings(batch.segment, settings_id) for settings_id in batch.settings]
+        if self._native is not None and batch.decodes:
+            chosen = self._builder.layer_rows(batch, by_id, self._native.settings)
+            blocks = batch.attention.groups[0].blocks
+            return self._native.run(start, hidden, batch.positions, pool, blocks, chosen)
+        rotation = self._rotations[batch.positions]
         for layer in range(start, end):
             weights, offset = self.weights.layers[layer], layer - start
             last = batch.last if layer == end - 1 else None

@@ -12,6 +12,7 @@ from sortserve.engine.config import ModelConfig
 from sortserve.engine.ladder import Ladder
 from sortserve.kernels.ffn import GatedFfn
 from sortserve.kernels.linear import Product
+from sortserve.kernels.native import NativeFfn, NativeLinear
 from sortserve.kernels.norm import RmsNorm
 from sortserve.kernels.products import Products
 from sortserve.kernels.rope import pair_rows
@@ -36,6 +37,11 @@ class LayerWeights:
     def tensors(self) -> tuple[Tensor, ...]:
         """All weight matrices."""
         return (*self.qkv.tensors, *self.output.tensors, *self.ffn.tensors)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its products are those of `kernels/native.py`."""
+        return all(isinstance(part, (NativeLinear, NativeFfn)) for part in (self.qkv, self.output, self.ffn))
 
     @property
     def nbytes(self) -> int:

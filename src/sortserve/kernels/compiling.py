@@ -1,7 +1,7 @@
 """C++ of this package, compiled once for this processor and kept: `$XDG_CACHE_HOME/sortserve/kernels`, else in `~/.cache`.
 
-It takes some seconds of the first start, and g++ or clang++ (`$CXX` names another). The file's name is a hash of the source
-and the flags, so an update compiles anew, and a library that is there needs no compiler. What cannot be had is an
+It takes some seconds of the first start, and g++ or clang++ (`$CXX` names another). The file's name is a hash of source,
+headers and flags, so an update compiles anew, and a library that is there needs no compiler. What cannot be had is an
 `UnavailableError` with the reason; nothing else is ever raised, and the caller goes on with the libraries' own products.
 """
 
@@ -37,12 +37,12 @@ def cache_folder() -> Path:
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """`source` compiled, loaded from the cache folder if it is there. OpenMP's library must be loaded already (PyTorch's),
-    so that no second one comes in. Raises UnavailableError."""
+    """`source`, with the headers beside it, compiled, or loaded from the cache folder. OpenMP's library must be
+    loaded already (PyTorch's), so that no second one comes in. Raises UnavailableError."""
     try:
-        text = source.read_bytes()
+        texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
         flags = [*FLAGS, *_processor_flags()]
-        name = f"{source.stem}-{hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:32]}.so"
+        name = f"{source.stem}-{hashlib.sha256(repr((texts, flags)).encode()).hexdigest()[:32]}.so"
         kept = cache_folder() / "kernels" / name
         if kept.exists():
             _check_owner(kept)

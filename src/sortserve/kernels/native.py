@@ -1,4 +1,4 @@
-"""Products in C++ for x86 processors with AVX-512 (`cpu/product.cpp`, with formulas and layout), and their wrappers here.
+"""Products in C++ for x86 processors with AVX-512 (`cpu/product.h`, with formulas and layout), and their wrappers here.
 
 They take the place of oneDNN's where they can be compiled (`compiling.py`), for bfloat16 and for int8 weights, at any number
 of rows: at one row they read memory about as fast as it goes, oneDNN's at half of that; from 32 rows on both take the same
@@ -17,18 +17,21 @@ from sortserve.kernels.compiling import UnavailableError, library
 from sortserve.kernels.ffn import FfnRows
 from sortserve.kernels.quantization import quantize
 
-SOURCE = Path(__file__).parent / "cpu" / "product.cpp"
+SOURCE = Path(__file__).parent / "cpu" / "native.cpp"
 PAIR, LANES = 64, 16  # outputs of a pair of panels, and of a group
 INT8, BFLOAT16 = 1, 2  # bits of `features`
 
 
 class _Matrix(ctypes.Structure):
-    """`Matrix` of product.cpp."""
+    """`Matrix` of product.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("words", "scale", "bias")),
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "pairs", "steps")),
     )
+
+
+PackedPointer = ctypes.POINTER(_Matrix)
 
 
 class Native:
@@ -37,13 +40,16 @@ class Native:
     def __init__(self) -> None:
         """Compile or load it, and try it once. Raises UnavailableError."""
         loaded = library(SOURCE)
-        matrix, pointer = ctypes.POINTER(_Matrix), ctypes.c_void_p
+        matrix, pointer = PackedPointer, ctypes.c_void_p
         self.linear: Any = loaded.linear
         self.linear.argtypes = (matrix, ctypes.c_int64, pointer, pointer, pointer, ctypes.c_int, ctypes.c_int)
         self.linear.restype = None
         self.ffn: Any = loaded.ffn
         self.ffn.argtypes = (matrix, matrix, ctypes.c_int64, *[pointer] * 4, ctypes.c_int, ctypes.c_int)
         self.ffn.restype = None
+        self.layers: Any = loaded.layers  # native_layers.py
+        self.layers.argtypes = (pointer, pointer, pointer, ctypes.c_int)
+        self.layers.restype = None
         self.formats: int = loaded.features()
         self._try()
 
@@ -100,22 +106,22 @@ class Packed:
 class NativeLinear:
     """y = x W^T + b, of one weight matrix [out_features, in_features]."""
 
-    __slots__ = ("_native", "_weight", "packed")
+    __slots__ = ("_native", "packed", "weight")
 
     def __init__(self, native: Native, weight: Tensor, bias: Tensor | None = None, *, int8: bool = False) -> None:
         self.packed = True
         self._native = native
-        self._weight = Packed(*_formatted(weight, int8), bias)
+        self.weight = Packed(*_formatted(weight, int8), bias)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights."""
-        return self._weight.nbytes
+        return self.weight.nbytes
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The weights, in whatever layout."""
-        return self._weight.tensors
+        return self.weight.tensors
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [rows, in_features] -> [rows, out_features], in the dtype of x."""
@@ -126,13 +132,13 @@ class NativeLinear:
         return self._run(x, residual)
 
     def _run(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        x = self._weight.checked(x)
+        x = self.weight.checked(x)
         rows = x.shape[0]
-        out = x.new_empty(rows, self._weight.outputs)
-        beside = None if residual is None else _dense(residual, self._weight.outputs, x.dtype)
+        out = x.new_empty(rows, self.weight.outputs)
+        beside = None if residual is None else _dense(residual, self.weight.outputs, x.dtype)
         assert beside is None or beside.shape[0] == rows
         self._native.linear(
-            self._weight.made,
+            self.weight.made,
             rows,
             x.data_ptr(),
             None if beside is None else beside.data_ptr(),
@@ -161,36 +167,36 @@ class NativeFfn:
         down_bias: Tensor | None = None,
         int8: bool = False,
     ) -> None:
-        self._native = native
+        self.native = native
         self.width = gate.shape[0]
         gates, ups = _formatted(gate, int8), _formatted(up, int8)
         bias = None if gate_bias is None or up_bias is None else _interleaved(gate_bias, up_bias)
         scale = None if gates[1] is None or ups[1] is None else _interleaved(gates[1], ups[1])
-        self._gate_up = Packed(_interleaved(gates[0], ups[0]), scale, bias)
-        self._down = Packed(*_formatted(down, int8), down_bias)
+        self.gate_up = Packed(_interleaved(gates[0], ups[0]), scale, bias)
+        self.down = Packed(*_formatted(down, int8), down_bias)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights."""
-        return self._gate_up.nbytes + self._down.nbytes
+        return self.gate_up.nbytes + self.down.nbytes
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The weights, in whatever layout."""
-        return (*self._gate_up.tensors, *self._down.tensors)
+        return (*self.gate_up.tensors, *self.down.tensors)
 
     def add_to(self, residual: Tensor, x: Tensor, rows: FfnRows) -> Tensor:
         """residual [rows, hidden] + FFN(x [rows, hidden]), rounded once; rows without an FFN keep their residual."""
-        x = self._gate_up.checked(x)
-        beside = _dense(residual, self._down.outputs, x.dtype)
+        x = self.gate_up.checked(x)
+        beside = _dense(residual, self.down.outputs, x.dtype)
         widths = rows.widths
         assert widths.dtype == torch.int32
         assert len(x) == len(beside) == len(widths) == rows.num_rows, (x.shape, beside.shape, widths.shape)
         assert rows.widest <= self.width, (rows.widest, self.width)
         out = torch.empty_like(beside)
-        self._native.ffn(
-            self._gate_up.made,
-            self._down.made,
+        self.native.ffn(
+            self.gate_up.made,
+            self.down.made,
             rows.num_rows,
             widths.data_ptr(),
             x.data_ptr(),

@@ -13,18 +13,12 @@
 // A sum's order does not depend on the rows beside it, so a row gets the same bits in every batch. Threads are OpenMP's,
 // from the library that PyTorch has loaded: one team runs both. Python's side is kernels/native.py.
 
-#include <immintrin.h>
+#pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
+#include "vectors.h"
 
 namespace {
 
-using std::int64_t;
-
-constexpr int kLanes = 16;
 constexpr int kGroups = 4;  // of 16 outputs in a pair of panels, which is what a thread takes at a time
 constexpr int kPair = kLanes * kGroups;
 constexpr int kMostLines = 12;  // that are multiplied at a time: 24 sums of 16 outputs in 32 registers
@@ -60,53 +54,6 @@ struct Lines {
     return ((inputs + per_vector - 1) / per_vector | 1) * kLanes;
   }
 };
-
-__mmask16 first(int64_t count) { return count >= kLanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
-
-__m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
-
-// float32 -> bfloat16, to nearest, ties to even; a NaN stays one
-__m256i narrow(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-}
-
-// Rows in memory, bfloat16 or float32, [rows, size].
-struct Rows {
-  char* data;
-  int64_t size;
-  bool wide;  // float32
-
-  char* at(int64_t row, int64_t column) const { return data + (row * size + column) * (wide ? 4 : 2); }
-  __m512 load(int64_t row, int64_t column, __mmask16 mask) const {
-    if (wide) return _mm512_maskz_loadu_ps(mask, at(row, column));
-    return widen(_mm256_maskz_loadu_epi16(mask, at(row, column)));
-  }
-  void store(int64_t row, int64_t column, __mmask16 mask, __m512 x) const {
-    if (wide) return _mm512_mask_storeu_ps(at(row, column), mask, x);
-    _mm256_mask_storeu_epi16(at(row, column), mask, narrow(x));
-  }
-};
-
-// e^x to 2 units in the last place: 2^n e^f with |f| <= ln(2) / 2, e^f by its series.
-__m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-  __m512 sum = _mm512_set1_ps(1.0f / 5040);
-  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, n);
-}
-
-__m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
 
 // ---- rows to lines
 
@@ -307,59 +254,34 @@ void gate(const Matrix& matrix, const Lines& lines, const Tiling& tiling, const 
 
 int64_t planes_of(const Matrix& matrix, bool wide) { return matrix.scale == nullptr ? 1 : wide ? 3 : 2; }
 
-}  // namespace
+// A gated FFN of some rows: what it needs beside weights. Its input is taken into `outer` first.
+struct Ffn {
+  const Tiling tiling;
+  const Lines outer, lines;
+  const std::unique_ptr<float[]> wide_inner;
+  const Rows inner;  // silu(gate x) * up x: cut into bytes from float32, or written as the bfloat16 that `down` reads
 
-extern "C" {
+  Ffn(const Matrix& gate_up, int64_t rows, bool wide)
+      : tiling(rows, planes_of(gate_up, wide)),
+        outer(rows, gate_up.inputs, planes_of(gate_up, wide)),
+        lines(rows, neurons(gate_up), outer.planes),
+        wide_inner(outer.bytes() ? new float[rows * neurons(gate_up)] : nullptr),
+        inner(outer.bytes() ? Rows{reinterpret_cast<char*>(wide_inner.get()), neurons(gate_up), true}
+                            : Rows{reinterpret_cast<char*>(lines.words.get()), lines.stride * 2, false}) {}
 
-// 1: int8 weights, 2: bfloat16 weights too.
-int features() {
-#ifdef __AVX512BF16__
-  return 3;
-#else
-  return 1;
-#endif
-}
+  static int64_t neurons(const Matrix& gate_up) { return gate_up.pairs * kPair / 2; }
 
-// out [rows, outputs] = [residual +] x [rows, inputs] W^T + b. `wide`: x, residual and out are float32, else bfloat16.
-void linear(const Matrix* matrix, int64_t rows, void* x, void* residual, void* out, int wide, int threads) {
-  const Rows from{static_cast<char*>(x), matrix->inputs, wide != 0};
-  const Rows beside{static_cast<char*>(residual), matrix->outputs, wide != 0};
-  const Rows to{static_cast<char*>(out), matrix->outputs, wide != 0};
-  const Lines lines(rows, matrix->inputs, planes_of(*matrix, wide));
-  const Tiling tiling(rows, lines.planes);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) take(lines, from, row, matrix->inputs);
-    project(*matrix, lines, tiling, nullptr, residual == nullptr ? nullptr : &beside, to);
-  }
-}
-
-// out = residual + the gated FFN of x, all [rows, hidden]; `widths` [rows], 0: the row keeps its residual.
-void ffn(const Matrix* gate_up, const Matrix* down, int64_t rows, const int32_t* widths, void* x, void* residual,
-         void* out, int wide, int threads) {
-  const Rows from{static_cast<char*>(x), gate_up->inputs, wide != 0};
-  const Rows beside{static_cast<char*>(residual), down->outputs, wide != 0};
-  const Rows to{static_cast<char*>(out), down->outputs, wide != 0};
-  const Lines outer(rows, gate_up->inputs, planes_of(*gate_up, wide));
-  const int64_t most = gate_up->pairs * kPair / 2;
-  const Lines lines(rows, most, outer.planes);
-  // the products of gate and up: cut into bytes from float32, or written as bfloat16 where the next product reads them
-  const std::unique_ptr<float[]> wide_inner(outer.bytes() ? new float[rows * most] : nullptr);
-  const Rows inner = outer.bytes() ? Rows{reinterpret_cast<char*>(wide_inner.get()), most, true}
-                                   : Rows{reinterpret_cast<char*>(lines.words.get()), lines.stride * 2, false};
-  const Tiling tiling(rows, outer.planes);
-  const int64_t needed = (widest(widths, 0, rows, 0) + 63) / 64 * 64;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) take(outer, from, row, gate_up->inputs);
-    gate(*gate_up, outer, tiling, widths, inner);
+  // out = residual + FFN(x), by a whole team; out may be the residual itself
+  void run(const Matrix& gate_up, const Matrix& down, const int32_t* widths, const Rows& residual,
+           const Rows& out) const {
+    gate(gate_up, outer, tiling, widths, inner);
     if (outer.bytes()) {
+      const int64_t needed = (widest(widths, 0, tiling.rows, 0) + 63) / 64 * 64;
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows; ++row) cut(lines, inner, row, widths[row], needed);
+      for (int64_t row = 0; row < tiling.rows; ++row) cut(lines, inner, row, widths[row], needed);
     }
-    project(*down, lines, tiling, widths, &beside, to);
+    project(down, lines, tiling, widths, &residual, out);
   }
-}
-}
+};
+
+}  // namespace

@@ -1,0 +1,1 @@
+"""Decode throughput beside llama.cpp."""
