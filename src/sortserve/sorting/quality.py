@@ -77,7 +77,7 @@ def build_ladder(
     measured: Measured | None,
     *,
     quality: str = BY_LOSS,
-    pairs: Sequence[tuple[str, str, Mapping[str, Sums]]] = (),
+    pairs: Sequence[Pair] = (),
     keep_dominated: bool = False,
 ) -> Ladder:
     """A ladder of what was measured, the full model among it; dominated sub-models and pairs of them are left out.
@@ -104,12 +104,7 @@ def build_ladder(
         )
     kept = entries if keep_dominated else drop_dominated(shape, entries)
     ids = {entry.id for entry in kept}
-    told = [
-        Pair(prompt, answer, {name: sums.figures() for name, sums in domains.items()})
-        for prompt, answer, domains in pairs
-        if {prompt, answer} <= ids
-    ]
-    return Ladder.of(shape, kept, measured, told)
+    return Ladder.of(shape, kept, measured, [pair for pair in pairs if {pair.prompt, pair.answer} <= ids])
 
 
 def drop_dominated(shape: ModelShape, entries: Sequence[Entry]) -> list[Entry]:
