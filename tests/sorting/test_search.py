@@ -147,11 +147,6 @@ def test_allocation_refuses_what_cannot_be() -> None:
         widths.allocate([[1.0, 0.0]] * 4, (16, 64), 50)
 
 
-def test_losses_by_importance_are_tails() -> None:
-    importance = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
-    assert widths.losses_by_importance(importance, (2, 4, 1)) == [[6.0, 3.0, 0.0]]
-
-
 def test_levels_are_multiples_of_128_where_that_is_fine_enough() -> None:
     wide = ModelShape(24, 896, 4864, 14, 2, 64, 1000)
     assert widths.levels(wide, (0.25, 0.5, 0.75)) == (1280, 2432, 3584, 4864)

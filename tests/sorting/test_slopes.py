@@ -66,6 +66,6 @@ def test_a_layer_that_matters_less_is_narrowed(toy: Decoder, toy_domains: list[D
 
 def test_the_first_texts_of_a_domain() -> None:
     domain = Domain("plain", tuple(Text(tuple(range(length)), 1) for length in (9, 5, 7)), "x")
-    assert domain.first(9) == Domain("plain", domain.texts[:2], "x")
-    assert domain.first(8).texts == domain.texts[:1]
-    assert domain.first(10**6) == domain
+    assert domain.split(9) == (Domain("plain", domain.texts[:2], "x"), Domain("plain", domain.texts[2:], "x"))
+    assert domain.split(8)[0].texts == domain.texts[:1]
+    assert domain.split(10**6) == (domain, Domain("plain", (), "x"))

@@ -159,10 +159,13 @@ def test_measuring_with_tasks_times_and_a_harness(
         assert entry.scores["gsm8k"].questions == 2
         assert entry.scores["arc"].value == (0.5 if entry.id == FULL else 0.2)
         assert entry.token_ms is not None
+    assert {(pair.prompt, pair.answer) for pair in found.pairs} == {(f"{FULL}-w50", FULL), (FULL, f"{FULL}-w50")}
+    assert all(pair.scores["gsm8k"].questions == 2 for pair in found.pairs)
     assert found.entries[0].degraded, "0.2 is under half of 0.5"
     assert not found.entries[-1].degraded
     assert "arc 0.200 [0.046, 0.567]" in capsys.readouterr().out
     assert (tmp_path / "out.svg").is_file()
+    assert not (tmp_path / "out.unfinished.json").exists()
 
 
 def test_code_is_only_run_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

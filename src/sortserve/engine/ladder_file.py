@@ -55,12 +55,13 @@ class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     questions: int
 
 
-class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Prompts computed by one entry and answers by another, both named by id, measured on the answers."""
 
     prompt: str
     answer: str
     domains: dict[str, Figures]
+    scores: dict[str, Score] = {}
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

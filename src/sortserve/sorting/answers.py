@@ -1,9 +1,13 @@
 """Task scores by generation: GSM8K and HumanEval on the engine itself, sub-model by sub-model, with intervals.
 
-Greedy answers, all questions of a sub-model in one batch, pinned to it. GSM8K: the last number of the answer is compared
-with the one after `####`. HumanEval runs code that the model wrote (see `sandbox`), so it must be asked for.
+Greedy answers, all questions in one batch: pinned to a sub-model, or the prompts on one and the answers on another. The
+first token of an answer is drawn from the prompt's last row, so the prompt's sub-model draws it. GSM8K: the last number of
+the answer is compared with the one after `####`. HumanEval runs code that the model wrote (see `sandbox`), so it must be
+asked for.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +15,12 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder_file import Score
-from sortserve.engine.llm import LLM
+from sortserve.engine.llm import LLM, Completion
+from sortserve.engine.policies.protocol import Decision, Reason, View
 from sortserve.engine.sampling import SamplingParams
 from sortserve.sorting.sandbox import runs
 from sortserve.sorting.texts import read_rows
@@ -40,6 +47,12 @@ class Task:
     max_tokens: int
     stop: tuple[str, ...] = ()
     is_chat: bool = True
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is asked and how."""
+        content = [self.max_tokens, self.stop, self.is_chat, [question.prompt for question in self.questions]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def gsm8k(path: Path, count: int) -> Task:
@@ -70,8 +83,22 @@ def humaneval(path: Path, count: int) -> Task:
 TASKS: dict[str, Callable[[Path, int], Task]] = {"gsm8k": gsm8k, "humaneval": humaneval}
 
 
-def score(llm: LLM, submodel_id: str, task: Task, progress: Progress | None = None) -> Score:
-    """The share of right answers of one sub-model, with a 95 % Wilson interval."""
+class PairPolicy:
+    """Requests that may run any sub-model compute their prompt on one place of the ladder and their answer on another."""
+
+    name = "pair"
+
+    def __init__(self, prompt: int, answer: int) -> None:
+        self._prompt, self._answer = prompt, answer
+
+    def decide(self, view: View) -> Decision:
+        """By whether there is an answer yet; the pinned ones stay where they are."""
+        place = np.clip(np.where(view.num_output == 0, self._prompt, self._answer), view.floor, view.ceiling)
+        return Decision(place, np.full(len(view), int(Reason.FIXED)), np.zeros(len(view), np.bool_), view.step_tokens)
+
+
+def score(llm: LLM, prompt_id: str, answer_id: str, task: Task, progress: Progress | None = None) -> Score:
+    """The share of right answers, with a 95 % Wilson interval; one id twice: of that sub-model throughout."""
     tokenizer = llm.tokenizer
     prompts: list[list[int]] = []
     for question in task.questions:
@@ -82,13 +109,31 @@ def score(llm: LLM, submodel_id: str, task: Task, progress: Progress | None = No
                 tokenizer.encode(f"Question: {question.prompt}\nAnswer:" if task.is_chat else question.prompt)
             )
     params = SamplingParams(max_tokens=task.max_tokens, temperature=0.0, stop=task.stop)
-    completions = llm.generate(prompts, params, submodel=submodel_id)
+    completions = _generate(llm, prompts, params, prompt_id, answer_id)
     right = sum(
         question.is_right(completion.text) for question, completion in zip(task.questions, completions, strict=True)
     )
     if progress is not None:
-        progress(f"{task.name} {submodel_id}: {right} of {len(prompts)}")
+        name = answer_id if prompt_id == answer_id else f"prompt {prompt_id}, answer {answer_id}"
+        progress(f"{task.name} {name}: {right} of {len(prompts)}")
     return wilson(right, len(prompts))
+
+
+def _generate(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams, prompt_id: str, answer_id: str
+) -> list[Completion]:
+    if prompt_id == answer_id:
+        return llm.generate(prompts, params, submodel=answer_id)
+    scheduler, ladder = llm.engine.scheduler, llm.engine.info.ladder
+    places = [ladder.place(name) for name in (prompt_id, answer_id)]
+    before = scheduler.policy, scheduler.decider.ask_every
+    scheduler.policy, scheduler.decider.ask_every = PairPolicy(*places), 1
+    try:
+        found = llm.generate(prompts, params, floor=ladder.entries[min(places)].id, kv_mode="reuse")
+    finally:
+        scheduler.policy, scheduler.decider.ask_every = before
+    assert all(one.submodels[:1] == (prompt_id,) and set(one.submodels[1:]) <= {answer_id} for one in found)
+    return found
 
 
 def wilson(right: float, count: int) -> Score:

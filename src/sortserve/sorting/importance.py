@@ -10,7 +10,7 @@ width, the mean of books, GSM8K and HumanEval, in nats: the product 0.25 and 0.8
 0.28 and 0.85, norms of columns without any text 0.49 and 1.16.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,6 @@ class Importance:
         """Neurons of each layer, most important first."""
         both = self.fisher.clamp_min(_LEAST).log() + 2 * self.activation.clamp_min(_LEAST).log()
         return [scores.argsort(descending=True, stable=True) for scores in both]
-
-    def sorted_by(self, order: Sequence[Tensor]) -> "Importance":
-        """The same figures after the neurons were permuted."""
-        pick = torch.stack(list(order))
-        return Importance(self.fisher.gather(1, pick), self.activation.gather(1, pick))
 
 
 def measure_importance(decoder: Decoder, data: Iterable[Batch], seed: int = 0) -> Importance:

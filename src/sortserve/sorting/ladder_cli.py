@@ -21,7 +21,7 @@ examples:
   sortserve ladder measure ./model --lm-eval arc_easy --lm-eval-python ./harness/bin/python --limit 200
 
 It measures the entries of ladder.json (or of --ladder), drops what is no better than something cheaper, and writes
-ladder.json and ladder.svg into MODEL, or to --to.
+ladder.json and ladder.svg into MODEL, or to --to. Interrupted, it goes on with the task scores that it had.
 """
 _IMPORT = """\
 examples:
@@ -129,7 +129,9 @@ def run_measure(args: argparse.Namespace) -> int:
         keep_dominated=args.keep_dominated,
         progress=Told(),
     )
-    found.write(args.to or args.model / "ladder.json", f"{args.model.name}: quality against cost")
+    found.write(_target(args), f"{args.model.name}: quality against cost")
+    if extras.unfinished is not None:
+        extras.unfinished.unlink(missing_ok=True)
     tell(found)
     return 0
 
@@ -140,7 +142,7 @@ def run_import(args: argparse.Namespace) -> int:
     from sortserve.sorting.importers import import_file
 
     shape = load_model_config(args.model).shape
-    target = args.to or args.model / "ladder.json"
+    target = _target(args)
     before = Ladder.load(target, shape) if target.is_file() else None
     start = before.entries if before is not None and not args.replace else ()
     by_submodel = {entry.submodel: entry for entry in start}
@@ -216,7 +218,13 @@ def _extras(args: argparse.Namespace) -> "Extras":
         # absolute, and not resolved: a virtual environment's python is a link out of it
         python = args.lm_eval_python.absolute()
         harness = LmEval(python, tuple(args.lm_eval.split(",")), args.limit, args.lm_eval_include, args.dtype)
-    return Extras(tuple(found), harness, args.time, args.dtype)
+    target = _target(args)
+    return Extras(tuple(found), harness, args.time, args.dtype, target.with_name(f"{target.stem}.unfinished.json"))
+
+
+def _target(args: argparse.Namespace) -> Path:
+    """The ladder to write."""
+    return Path(args.to or args.model / "ladder.json")
 
 
 def _free_id(wanted: str, taken: set[str]) -> str:

@@ -2,21 +2,24 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
-from sortserve.engine.ladder_file import Score
+from sortserve.engine.ladder_file import Pair, Score
 from sortserve.engine.llm import LLM
-from sortserve.engine.submodel import ModelShape, SubModel
+from sortserve.engine.submodel import SubModel
 from sortserve.sorting import provenance
-from sortserve.sorting.answers import Task, score
-from sortserve.sorting.compare import Sums, Variant, compare
+from sortserve.sorting.answers import Task
+from sortserve.sorting.compare import Variant, compare
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.folder import new_file
+from sortserve.sorting.kept_scores import KeptScores
 from sortserve.sorting.layer_drop import measure_similarity
 from sortserve.sorting.lm_eval import LmEval
 from sortserve.sorting.plot import quality_plot
@@ -46,6 +49,9 @@ class Extras:
     lm_eval: LmEval | None = None
     time_tokens: bool = False
     dtype: str = "auto"
+    unfinished: Path | None = (
+        None  # file that keeps task scores as they come, for a run that goes on; None: none is kept
+    )
 
     @property
     def wanted(self) -> bool:
@@ -93,13 +99,15 @@ def measure(
     ]
     everything = build_ladder(shape, results, None, keep_dominated=True)
     ladder = build_ladder(shape, results, None, keep_dominated=keep_dominated)
+    more = None
     if extras is not None and extras.wanted:
         assert folder is not None
-        kept = {entry.submodel: entry.id for entry in (everything if quality != BY_LOSS else ladder).entries}
-        results = [replace(result, id=kept[result.submodel]) for result in results if result.submodel in kept]
-        results = _measure_extras(shape, results, extras, folder, progress)
+        more = _Extra(folder, extras, progress)
+        results = more.of_entries(results, everything if quality != BY_LOSS else ladder)
         ladder = build_ladder(shape, results, None, quality=quality, keep_dominated=keep_dominated)
     told = _measure_pairs(decoder, domains, ladder, pairs, progress)
+    if more is not None:
+        told = more.of_pairs(told, ladder)
     source = provenance.measured(domains, quality=quality, seconds=time.monotonic() - started)
     ladder = build_ladder(
         shape,
@@ -122,8 +130,8 @@ def _layer_importance(decoder: Decoder, domains: Sequence[Domain]) -> tuple[floa
 
 def _measure_pairs(
     decoder: Decoder, domains: Sequence[Domain], ladder: Ladder, count: int, progress: Progress | None
-) -> list[tuple[str, str, Mapping[str, Sums]]]:
-    """(prompt id, answer id, sums by domain), on the domains whose texts have a prompt."""
+) -> list[Pair]:
+    """On the domains whose texts have a prompt."""
     prompted = [domain for domain in domains if any(text.num_prompt > 1 for text in domain.texts)]
     whole = ladder.entries[-1]
     others = [entry for entry in ladder.entries[:-1] if entry.submodel.depth == whole.submodel.depth]
@@ -134,35 +142,61 @@ def _measure_pairs(
         return []
     variants = [Variant(answer.submodel, prompt.submodel) for prompt, answer in named]
     figures = compare(decoder, prompted, variants, progress=progress)
-    return [(prompt.id, answer.id, sums) for (prompt, answer), sums in zip(named, figures, strict=True)]
+    return [
+        Pair(prompt.id, answer.id, {name: one.figures() for name, one in sums.items()})
+        for (prompt, answer), sums in zip(named, figures, strict=True)
+    ]
 
 
-def _measure_extras(
-    shape: ModelShape, results: Sequence[Result], extras: Extras, folder: Path, progress: Progress | None
-) -> list[Result]:
-    """The results with task scores and times, measured by the engine itself."""
-    with _ladder_file(shape, results) as path:
-        scores: dict[str, dict[str, Score]] = {str(result.id): {} for result in results}
+class _Extra:
+    """What the engine itself measures: task scores of entries and pairs, and times."""
+
+    def __init__(self, folder: Path, extras: Extras, progress: Progress | None) -> None:
+        self._folder, self._extras, self._progress = folder, extras, progress
+        self._kept = KeptScores(extras.unfinished, folder, extras.dtype)
+
+    def of_entries(self, results: Sequence[Result], ladder: Ladder) -> list[Result]:
+        """The results that are in the ladder, by its ids, with their scores and times."""
+        extras, entries = self._extras, {entry.submodel: entry for entry in ladder.entries}
+        scores: dict[str, dict[str, Score]] = {entry.id: {} for entry in ladder.entries}
         times: dict[str, float] = {}
         if extras.tasks or extras.time_tokens:
-            longest = min(MAX_MODEL_LEN, load_model_config(folder).max_context)
-            llm = LLM(folder, ladder_path=path, dtype=extras.dtype, max_model_len=longest)
-            if extras.time_tokens:
-                times = token_milliseconds(llm, list(scores))
-            for task in extras.tasks:
-                for name, told in scores.items():
-                    told[task.name] = score(llm, name, task, progress)
-            del llm
+            with self._engine(ladder) as llm:
+                if extras.time_tokens:
+                    times = token_milliseconds(llm, list(scores))
+                for entry in ladder.entries:
+                    scores[entry.id] = self._scores(llm, entry, entry)
         if extras.lm_eval is not None:
-            for name, found in extras.lm_eval.scores(folder, path, list(scores), progress).items():
-                scores[name] |= found
-    return [replace(result, scores=scores[str(result.id)], token_ms=times.get(str(result.id))) for result in results]
+            with _ladder_file(ladder) as path:
+                found = extras.lm_eval.scores(self._folder, path, list(scores), self._progress)
+            scores = {name: told | found[name] for name, told in scores.items()}
+        named = [(entries[one.submodel].id, one) for one in results if one.submodel in entries]
+        return [replace(one, id=name, scores=scores[name], token_ms=times.get(name)) for name, one in named]
+
+    def of_pairs(self, pairs: Sequence[Pair], ladder: Ladder) -> list[Pair]:
+        """The pairs with their scores."""
+        if not self._extras.tasks or not pairs:
+            return list(pairs)
+        entries = {entry.id: entry for entry in ladder.entries}
+        with self._engine(ladder) as llm:
+            scores = [self._scores(llm, entries[pair.prompt], entries[pair.answer]) for pair in pairs]
+        return [msgspec.structs.replace(pair, scores=one) for pair, one in zip(pairs, scores, strict=True)]
+
+    def _scores(self, llm: LLM, prompt: Entry, answer: Entry) -> dict[str, Score]:
+        return {task.name: self._kept.score(llm, prompt, answer, task, self._progress) for task in self._extras.tasks}
+
+    @contextmanager
+    def _engine(self, ladder: Ladder) -> Iterator[LLM]:
+        """Without warm-up: nothing is predicted for requests whose sub-model is given."""
+        longest = min(MAX_MODEL_LEN, load_model_config(self._folder).max_context)
+        with _ladder_file(ladder) as path:
+            yield LLM(self._folder, ladder_path=path, dtype=self._extras.dtype, max_model_len=longest, warmup=False)
 
 
 @contextmanager
-def _ladder_file(shape: ModelShape, results: Sequence[Result]) -> Iterator[Path]:
-    """A ladder of the results by id, unmeasured, for the engine to load."""
+def _ladder_file(ladder: Ladder) -> Iterator[Path]:
+    """The ladder's sub-models by id, unmeasured, for the engine to load."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ladder.json"
-        Ladder.of(shape, [Entry(str(result.id), result.submodel) for result in results]).dump(path)
+        Ladder.of(ladder.shape, [Entry(entry.id, entry.submodel) for entry in ladder.entries]).dump(path)
         yield path

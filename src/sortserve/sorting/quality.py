@@ -77,7 +77,7 @@ def build_ladder(
     measured: Measured | None,
     *,
     quality: str = BY_LOSS,
-    pairs: Sequence[tuple[str, str, Mapping[str, Sums]]] = (),
+    pairs: Sequence[Pair] = (),
     keep_dominated: bool = False,
     layer_importance: Sequence[float] = (),
 ) -> Ladder:
@@ -105,11 +105,7 @@ def build_ladder(
         )
     kept = entries if keep_dominated else drop_dominated(shape, entries)
     ids = {entry.id for entry in kept}
-    told = [
-        Pair(prompt, answer, {name: sums.figures() for name, sums in domains.items()})
-        for prompt, answer, domains in pairs
-        if {prompt, answer} <= ids
-    ]
+    told = [pair for pair in pairs if {pair.prompt, pair.answer} <= ids]
     return Ladder.of(shape, kept, measured, told, layer_importance=layer_importance)
 
 

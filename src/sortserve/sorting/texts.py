@@ -62,13 +62,16 @@ class Domain:
         content = json.dumps([[text.num_prompt, *text.tokens] for text in self.texts])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def first(self, tokens: int) -> "Domain":
-        """As many of the first texts as it takes for `tokens` to be scored."""
+    def split(self, tokens: int) -> tuple["Domain", "Domain"]:
+        """As many of the first texts as it takes for `tokens` to be scored, and the others."""
         count, total = 0, 0
         while count < len(self.texts) and total < tokens:
             total += self.texts[count].num_scored
             count += 1
-        return Domain(self.name, self.texts[:count], self.origin)
+        return (
+            Domain(self.name, self.texts[:count], self.origin),
+            Domain(self.name, self.texts[count:], self.origin),
+        )
 
 
 @dataclass(frozen=True)

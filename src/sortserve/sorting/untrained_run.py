@@ -1,7 +1,7 @@
 """Sorting without training, end to end: importance, permutation, searches, measuring, a folder to serve.
 
-Weights are only permuted. The time given is spent in turn: importance takes what its texts take, searches share what
-is left up to 0.65 of all, measuring takes the rest; `Plan` says how much text each looks at.
+Weights are only permuted. The time given is spent in turn: importance and widths take what their texts take, searches for
+sub-layers to drop share what is left up to 0.65 of all, measuring takes the rest; `Plan` says how much text each looks at.
 """
 
 import time
@@ -21,7 +21,7 @@ from sortserve.sorting.compare import kl_divergence
 from sortserve.sorting.decoder import Decoder
 from sortserve.sorting.fitness import KLFitness
 from sortserve.sorting.folder import check_target, new_folder
-from sortserve.sorting.importance import Importance, measure_importance
+from sortserve.sorting.importance import measure_importance
 from sortserve.sorting.machine import dtype_of, keep_freed_memory
 from sortserve.sorting.measuring import Candidate, Measurement, measure
 from sortserve.sorting.permute import folder_bytes, write_permuted
@@ -33,6 +33,8 @@ Progress = Callable[[str], None]
 SEARCH_SHARE = 0.65  # of the time: what is after that is for measuring and writing
 NARROWEST = 0.8  # of a budget: no layer is narrower, and there slopes are measured
 SLOPE_TOKENS = 512  # of each domain: a pass over 1,600 tokens takes 45 s of one core on the 0.5B model
+SELECTION_TOKENS = 384  # per source, on which widths by layer are held against one width
+SELECTION_STRIDE = 2  # every second row gets logits, of which 0.3 MB each stay in memory
 SEARCH_TOKENS = 96  # of each text that searches look at
 SEARCH_ROUNDS = (1, 3)  # batches of one text per domain in the first and the last round
 SEARCH_STRIDE = 3  # every third row gets logits
@@ -46,7 +48,7 @@ class Plan:
     model: Path
     out: Path
     calibration: tuple[str, ...] = ()
-    calibration_tokens: int = 768  # per source
+    calibration_tokens: int = 768  # per source; SELECTION_TOKENS more are taken where there is more
     held_out: tuple[str, ...] = ()
     held_out_tokens: int = 512  # per source
     window: int = 256
@@ -60,6 +62,14 @@ class Plan:
     dtype: str = "auto"
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Texts that importance, slopes and searches look at, and others of the same sources to choose by."""
+
+    seen: list[Domain]
+    unseen: list[Domain]
+
+
 def sort_untrained(plan: Plan, progress: Progress) -> Measurement:
     """Do all of it and write `plan.out`. Raises StartupError; then nothing was written."""
     started = time.monotonic()
@@ -67,14 +77,15 @@ def sort_untrained(plan: Plan, progress: Progress) -> Measurement:
     keep_freed_memory()
     decoder = Decoder.load(plan.model, dtype_of(plan.model, plan.dtype), plan.window)
     calibration, held_out = _texts(plan)
-    progress(f"loaded; calibration {_told(calibration)}; held out {_told(held_out)}")
-    data = [batch for domain in calibration for batch in batches(domain, LARGEST_BATCH)]
-    importance = measure_importance(decoder, data, plan.seed)
-    orders = importance.order()
+    progress(
+        f"loaded; calibration {_told(calibration.seen)}; to choose by {_told(calibration.unseen)}; "
+        f"held out {_told(held_out)}"
+    )
+    data = [batch for domain in calibration.seen for batch in batches(domain, LARGEST_BATCH)]
+    orders = measure_importance(decoder, data, plan.seed).order()
     _permute(decoder, orders, data[0], progress)
     candidates = find_candidates(
         decoder,
-        importance.sorted_by(orders),
         calibration,
         plan,
         until=started + SEARCH_SHARE * plan.seconds,
@@ -105,55 +116,54 @@ def exits_of(model: Path, shape: ModelShape) -> list[Candidate]:
 
 def find_candidates(
     decoder: Decoder,
-    importance: Importance,
-    calibration: Sequence[Domain],
+    calibration: Calibration,
     plan: Plan,
     *,
     until: float,
     progress: Progress,
 ) -> list[Candidate]:
     """Sub-models by every method of the plan; searches share the time until `until`. Neurons must be sorted."""
-    texts = mixed_batches(calibration, SEARCH_TOKENS, max(SEARCH_ROUNDS))
-    rounds = [min(count, len(texts)) for count in SEARCH_ROUNDS]
-    fitness = KLFitness(decoder, texts, rounds, SEARCH_STRIDE)
-    jobs: list[tuple[str, Space, list[SubModel]]] = []
-    if "widths" in plan.methods:
-        jobs += _width_jobs(decoder, importance, calibration, plan, progress)
-    candidates, drop_jobs = _drop_candidates(decoder, texts, plan)
-    jobs += drop_jobs
-    for place, (method, space, starts) in enumerate(jobs):
+    candidates = _width_candidates(decoder, calibration, plan, progress) if "widths" in plan.methods else []
+    texts = mixed_batches(calibration.seen, SEARCH_TOKENS, max(SEARCH_ROUNDS))
+    dropping, jobs = _drop_candidates(decoder, texts, plan)
+    candidates += dropping
+    if not jobs:
+        return candidates
+    fitness = KLFitness(decoder, texts, [min(count, len(texts)) for count in SEARCH_ROUNDS], SEARCH_STRIDE)
+    space = Space((0, decoder.config.shape.ffn_width), decoder.config.shape.num_layers, drop_attention=True)
+    for place, starts in enumerate(jobs):
         seconds = max(0.0, until - time.monotonic()) / (len(jobs) - place)
         settings = Settings(200, 6, (2,), seed=plan.seed, seconds=seconds)
-        found = evolve(space, starts, fitness, settings, partial(_tell, progress, method), fitness.rebase)
+        found = evolve(space, starts, fitness, settings, partial(_tell, progress, "evopress"), fitness.rebase)
         told = ", ".join(f"{value:.4f}" for value in found.start_fitness)
-        progress(f"{method}: KL {found.fitness:.4f} after {found.generations} generations, starts {told}")
-        candidates.append(Candidate(found.submodel, method))
+        progress(f"evopress: KL {found.fitness:.4f} after {found.generations} generations, starts {told}")
+        candidates.append(Candidate(found.submodel, "evopress"))
     return candidates
 
 
-def _width_jobs(
-    decoder: Decoder, importance: Importance, calibration: Sequence[Domain], plan: Plan, progress: Progress
-) -> list[tuple[str, Space, list[SubModel]]]:
-    """A search per budget, started from one width and from the allocations by slopes and by importance."""
+def _width_candidates(decoder: Decoder, calibration: Calibration, plan: Plan, progress: Progress) -> list[Candidate]:
+    """Per budget the better one of widths by slopes and one width for all layers, on text that slopes did not see."""
     shape = decoder.config.shape
-    data = [batch for domain in calibration for batch in batches(domain.first(SLOPE_TOKENS), LARGEST_BATCH)]
-    slopes = Slopes(decoder, data)
-    jobs = []
-    for share in plan.budgets:
-        budget = int(share * shape.num_layers * shape.ffn_width)
-        levels = _levels(shape, plan, share)
+    budgets = [(int(share * shape.num_layers * shape.ffn_width), _levels(shape, plan, share)) for share in plan.budgets]
+    for budget, levels in budgets:
         if budget < levels[0] * shape.num_layers:
-            raise SortingError(f"a budget of {share:.0%} is under the narrowest level, {levels[0]} neurons")
-        by_slope, fisher = slopes.losses(levels), widths.losses_by_importance(importance.fisher, levels)
-        # half of Fisher information is nats of KL, too: two measurements of one thing are less noisy than one
-        both = [[a + b / 2 for a, b in zip(*rows, strict=True)] for rows in zip(by_slope, fisher, strict=True)]
-        starts = [widths.allocate(losses, levels, budget) for losses in (by_slope, both, fisher)]
+            raise SortingError(f"a budget of {budget} neurons is under the narrowest level, {levels[0]} in each layer")
+    data = [batch for domain in calibration.seen for batch in batches(domain.split(SLOPE_TOKENS)[0], LARGEST_BATCH)]
+    slopes = Slopes(decoder, data)
+    unseen = [batch for domain in calibration.unseen for batch in batches(domain, LARGEST_BATCH)]
+    fitness = KLFitness(decoder, unseen, stride=SELECTION_STRIDE)
+    candidates = []
+    for budget, levels in budgets:
+        named = {"by layer": widths.allocate(slopes.losses(levels), levels, budget)}
         even = widths.uniform(shape, budget)
         if even.widths[0] in levels:
-            starts.append(even)
-        jobs.append(("widths", Space(levels, shape.num_layers), starts))
-        progress(f"slopes at {levels[0]} of {shape.ffn_width} neurons: {slopes.num_rows} rows")
-    return jobs
+            named["one width"] = even
+        lost = {name: fitness(submodel) for name, submodel in named.items()}
+        best = min(lost, key=lost.__getitem__)
+        told = ", ".join(f"{name} {value:.4f}" for name, value in lost.items())
+        progress(f"{budget} neurons: {best}, KL on {fitness.num_rows} rows: {told}")
+        candidates.append(Candidate(named[best], "widths"))
+    return candidates
 
 
 def _levels(shape: ModelShape, plan: Plan, share: float) -> tuple[int, ...]:
@@ -165,8 +175,8 @@ def _levels(shape: ModelShape, plan: Plan, share: float) -> tuple[int, ...]:
 
 def _drop_candidates(
     decoder: Decoder, texts: Sequence[Batch], plan: Plan
-) -> tuple[list[Candidate], list[tuple[str, Space, list[SubModel]]]]:
-    """What the methods without search drop, and the searches that start from there at the same cost."""
+) -> tuple[list[Candidate], list[list[SubModel]]]:
+    """What the methods without search drop, and where the searches at the same cost start."""
     shape = decoder.config.shape
     if not set(plan.methods) & {"evopress", "uls", "llm-drop", "lim", "zd"}:
         return [], []
@@ -190,18 +200,17 @@ def _drop_candidates(
             )
             candidates.append(Candidate(layer_drop.llm_drop(similarity, shape.ffn_width, joint=2 * count), "llm-drop"))
         if "evopress" in plan.methods:
-            space = Space((0, shape.ffn_width), shape.num_layers, drop_attention=True)
-            jobs.append(("evopress", space, list(by_method.values())))
+            jobs.append(list(by_method.values()))
     return candidates, jobs
 
 
-def _texts(plan: Plan) -> tuple[list[Domain], list[Domain]]:
+def _texts(plan: Plan) -> tuple[Calibration, list[Domain]]:
     tokenizer = Tokenizer.load(plan.model)
     calibration = load_domains(
         plan.calibration or built_in("calibration"),
         tokenizer,
         window=plan.window,
-        tokens=plan.calibration_tokens,
+        tokens=plan.calibration_tokens + SELECTION_TOKENS,
         seed=plan.seed,
     )
     held_out = load_domains(
@@ -216,7 +225,9 @@ def _texts(plan: Plan) -> tuple[list[Domain], list[Domain]]:
         raise SortingError(
             "a held-out text is among the calibration texts: figures on it would flatter; give other sources"
         )
-    return calibration, held_out
+    split = [domain.split(plan.calibration_tokens) for domain in calibration]
+    unseen = [rest for _, rest in split if rest.texts]
+    return Calibration([first for first, _ in split], unseen or calibration), held_out
 
 
 def _permute(decoder: Decoder, orders: Sequence[torch.Tensor], batch: Batch, progress: Progress) -> None:

@@ -1,14 +1,11 @@
-"""Widths that differ by layer: where a search starts.
+"""Widths that differ by layer: `allocate` spends a budget of neurons so that the least is lost in all.
 
-What a layer loses at a width is either added up from the importance of its neurons beyond it (they are sorted), or
-from slopes (`slopes`). `allocate` spends a budget of neurons so that the least is lost in all. Losses of layers do
-not quite add up; the search corrects that.
+What a layer loses at a width is from slopes (`slopes`), measured where all layers are narrow together, because losses of
+layers do not add up from where all others are whole.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
-
-from torch import Tensor
 
 from sortserve.engine.errors import SortingError
 from sortserve.engine.submodel import ModelShape, SubModel
@@ -40,11 +37,6 @@ def fine_levels(shape: ModelShape, narrowest: float) -> tuple[int, ...]:
     step = STEP if shape.ffn_width >= 4 * STEP else max(1, shape.ffn_width // 16)
     first = max(step, round(narrowest * shape.ffn_width / step) * step)
     return (*range(first, shape.ffn_width, step), shape.ffn_width)
-
-
-def losses_by_importance(importance: Tensor, widths: Sequence[int]) -> list[list[float]]:
-    """What each layer loses at each width: the importance of the neurons beyond it, importance [layers, neurons]."""
-    return [[float(row[width:].sum()) for width in sorted(widths)] for row in importance.double()]
 
 
 def allocate(losses: Sequence[Sequence[float]], widths: Sequence[int], budget: int) -> SubModel:
