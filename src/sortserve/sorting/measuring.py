@@ -124,7 +124,7 @@ def measure(
 
 def _layer_importance(decoder: Decoder, domains: Sequence[Domain]) -> tuple[float, ...]:
     """LIM's, by a few texts of each domain: layers to keep in fewer bits."""
-    texts = (batch for domain in domains for batch in batches(domain.first(IMPORTANCE_TOKENS), IMPORTANCE_TOKENS))
+    texts = (batch for domain in domains for batch in batches(domain.split(IMPORTANCE_TOKENS)[0], IMPORTANCE_TOKENS))
     return measure_similarity(decoder, texts).lim
 
 
