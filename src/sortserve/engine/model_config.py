@@ -87,7 +87,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     """
     if not folder.is_dir():
         raise ModelFolderError(f"model folder {folder} does not exist; give the folder that holds config.json")
-    raw = _read_json(folder / "config.json")
+    raw = read_json(folder / "config.json")
     if raw is None:
         raise ModelFolderError(f"{folder} has no config.json; give a Hugging Face model folder, not one above or below")
     fields = _Fields(folder / "config.json", raw)
@@ -98,7 +98,7 @@ def load_model_config(folder: Path) -> ModelConfig:
         raise fields.error(f"dtype is {dtype}, must be one of {', '.join(DTYPE_BYTES)}")
     shape = _shape(fields, family, DTYPE_BYTES[dtype])
     max_position = fields.integer("max_position_embeddings")
-    bos_token_id, eos_token_ids = _special_tokens(fields, family, _read_json(folder / "generation_config.json") or {})
+    bos_token_id, eos_token_ids = _special_tokens(fields, family, read_json(folder / "generation_config.json") or {})
     attention_bias = family == "qwen2" or (family in ("llama", "qwen3") and bool(raw.get("attention_bias")))
     return ModelConfig(
         family=family,
@@ -145,7 +145,7 @@ class _Fields:
         return None if self.raw.get(key) is None else self.number(key)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The object in the file; None where there is no file."""
     if not path.is_file():
         return None
