@@ -91,7 +91,7 @@ check: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check $(CODE) $(SCRIPTS)
 	$(DEV_ENV)/bin/ruff format --check $(CODE) $(SCRIPTS)
 	$(DEV_ENV)/bin/mypy $(CODE)
-	$(DEV_ENV)/bin/mypy .ci/check_pins.py .ci/audit.py docker/healthcheck.py
+	$(DEV_ENV)/bin/mypy .ci/check_pins.py .ci/audit.py docker/healthcheck.py docker/compile_kernels.py
 	$(DEV_ENV)/bin/python .ci/check_pins.py
 	$(DEV_ENV)/bin/python -m pip check
 

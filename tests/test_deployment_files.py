@@ -4,8 +4,10 @@ These need no tool of a deployment, so they run with every change of the code; `
 """
 
 import argparse
+import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
+from sortserve.kernels import compiling
+from sortserve.kernels.compiling import UnavailableError
 from sortserve.server.cli import make_parser
 from sortserve.server.metrics import Metrics
 from tests.deploy.dockerfile import read_stages
@@ -166,6 +170,57 @@ def test_images_are_pinned_and_unprivileged() -> None:
     for name in ("base", "runtime", "cpu", "cuda"):
         text = " ".join(one.text for one in stages[name].instructions if one.name == "RUN")
         assert not re.search(r"\b(gcc|g\+\+|clang|build-essential|python3\.11-venv|-dev)\b", text), name
+
+
+def test_the_cpu_image_brings_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as the image compiles them, put in place as its entry point does, and found by the server, with no compiler,
+    on both kinds of processor. A small source stands in for the kernels; the libraries' names are the server's."""
+    path = DOCKER / "compile_kernels.py"
+    spec = importlib.util.spec_from_file_location("compile_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    source = tmp_path / "small.cpp"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "build"))
+    try:
+        script.compile_all(tmp_path)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    made = tmp_path / "build" / "sortserve" / "kernels"
+    (tmp_path / "sortserve").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "sortserve").chmod(0o755)
+    entry = tmp_path / "entrypoint.sh"
+    entry.write_text((DOCKER / "entrypoint.sh").read_text().replace("/opt/kernels", str(made)))
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for _ in range(2):  # a volume that is empty, and one that is not
+        told = subprocess.run(["sh", entry, "serve", "it"], env=environment, capture_output=True, text=True, check=True)
+        assert (told.stdout, told.stderr) == ("serve it\n", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    needed, optional = [*compiling.NEEDED.values()], [*compiling.OPTIONAL.values()]
+    for flags in (needed, needed + optional):
+        monkeypatch.setattr(compiling, "_processor_flags", lambda flags=flags: flags)
+        assert compiling.library(source).answer() == 42
+    assert len([*(tmp_path / "cache/sortserve/kernels").iterdir()]) == 2
+
+
+def test_the_cpu_image_takes_them_from_the_stage_that_has_a_compiler() -> None:
+    stages = read_stages((DOCKER / "Dockerfile").read_text())
+    [copied] = [one.text for one in stages["cpu"].instructions if "--from=build-kernels" in one.text]
+    assert copied.split()[1:] == ["/build/cache/sortserve/kernels", "/opt/kernels"]
+    commands = [one.text for one in stages["build-kernels"].instructions if one.name == "RUN"]
+    assert "install -y --no-install-recommends g++" in commands[0]
+    assert "XDG_CACHE_HOME=/build/cache" in commands[1]
+    assert stages["build-kernels"].base == "build-cpu"
+    entry = DOCKER / "entrypoint.sh"
+    assert entry.stat().st_mode & 0o111 == 0o111
+    assert [one.words() for one in stages["runtime"].instructions if one.name == "ENTRYPOINT"] == [
+        ["/opt/entrypoint.sh"]
+    ]
+    included = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {"!docker/compile_kernels.py", "!docker/entrypoint.sh"} <= set(included)
 
 
 def test_an_instruction_that_is_not_known_is_refused() -> None:

@@ -100,7 +100,8 @@ def test_the_read_only_root_is_one(image: Image, pod_start: Start) -> None:
 
 def test_nothing_is_left_of_the_build(image: Image) -> None:
     """No compiler, no pip, no setting of this machine's pip; and nothing of ours that the user could change."""
-    for program in ("gcc", "cc", "clang", "ld", "make", "pip", "pip3"):
+    assert len([*(image.root / "opt/kernels").glob("*.so")]) == 2
+    for program in ("gcc", "g++", "cc", "clang", "ld", "make", "pip", "pip3"):
         assert not [
             place
             for place in ("usr/bin", "usr/local/bin", "opt/sortserve/bin")

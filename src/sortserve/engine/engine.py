@@ -69,6 +69,7 @@ class Engine:
         path = config.ladder_path or config.model_folder / LADDER_FILE
         has_ladder = config.ladder_path is not None or path.exists()
         ladder = settled.narrowed(Ladder.load(path, shape) if has_ladder else Ladder.default(shape))
+        shape = ladder.shape
         geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
         simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
         cuda = _cuda(config, model_config, dtype) if simulated is None and dispatch.is_cuda else None

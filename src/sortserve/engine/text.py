@@ -15,6 +15,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sortserve.engine.errors import ModelFolderError, RequestError
+from sortserve.engine.model_config import read_json
 
 # what a template's own code may raise over messages it does not expect; OverflowError is the sandbox's for a huge range()
 _TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -57,8 +58,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise ModelFolderError(f"{path} cannot be read as a tokenizer ({error}); download it again") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        special = _read_json(folder / "special_tokens_map.json")
+        config = read_json(folder / "tokenizer_config.json") or {}
+        special = read_json(folder / "special_tokens_map.json") or {}
         config = {name: special[name] for name in ("bos_token", "eos_token") if name in special} | config
         template = config.get("chat_template")
         if isinstance(template, list):  # several by name, as Cohere's and Hermes' folders have them
@@ -186,19 +187,6 @@ def _missing(folder: Path) -> str:
             f".save_pretrained({str(folder)!r})`"
         )
     return f"{folder} has no tokenizer.json; copy it from where the model comes from, beside config.json"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in the file, empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise ModelFolderError(f"{path} holds a {type(value).__name__}, must be an object; download it again")
-    return value
 
 
 def _token_text(value: Any) -> str | None:

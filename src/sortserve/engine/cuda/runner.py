@@ -8,7 +8,6 @@ The next step may be launched before that: rows whose token is PENDING take it f
 All tensors may as well lie on the CPU, where Triton's interpreter runs the kernels; that is for tests.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from sortserve.engine.cuda.forward import Forward, HeadOutput, new_pool
 from sortserve.engine.cuda.graphs import Replay, buckets_for
 from sortserve.engine.cuda.rows import RowLayout, StepCounts, StepRows
 from sortserve.engine.cuda.sampling import DeviceSampler, Drawn
+from sortserve.engine.cuda.stopwatch import stopwatch
 from sortserve.engine.cuda.tables import PageTables
 from sortserve.engine.cuda.weights import DeviceWeights
 from sortserve.engine.drawing import Drawing
@@ -134,7 +134,7 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         """Start a step. Returns when everything is launched; the device may still be at it."""
-        seconds = _stopwatch(self._device)
+        seconds = stopwatch(self._device)
         rows, step = self._prepare(plan)
         self._run_segments(step)
         self._id_of = {}
@@ -265,32 +265,6 @@ class CudaRunner:
             return results
 
         return finish
-
-
-def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Started now; called, it stops after all that is launched until then, and what it returns waits for that and gives the
-    seconds. On a GPU they begin when the device has come to where it was started: with the end of the step before."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-
-        def stop() -> Callable[[], float]:
-            seconds = time.perf_counter() - began
-            return lambda: seconds
-
-        return stop
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-
-    def stop_device() -> Callable[[], float]:
-        last.record()
-
-        def wait() -> float:
-            last.synchronize()
-            return float(first.elapsed_time(last)) / 1e3
-
-        return wait
-
-    return stop_device
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
