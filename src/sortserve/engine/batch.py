@@ -6,6 +6,7 @@ they are the first rows of the segment before; with entrants they are gathered o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -211,7 +212,7 @@ class BatchBuilder:
                 count = self.geometry.num_blocks(start + 1)
                 pages[place, :count] = run.part.pages[:count, self.geometry.columns(segment)]
             rows = None if len(single) == num_rows else torch.tensor([row for _, _, row in single])
-            mask = self._mask([start for _, start, _ in single], 1, longest)
+            mask = partial(self._mask, [start for _, start, _ in single], 1, longest)
             groups.append(RowGroup(len(single), 1, rows, self._blocks(pages), mask))
         for run, start, stop, row in wanted:
             if stop - start > 1:
@@ -224,7 +225,7 @@ class BatchBuilder:
                         stop - start,
                         None if alone else slice(row, row + stop - start),
                         self._blocks(pages),
-                        self._mask([start], stop - start, count),
+                        partial(self._mask, [start], stop - start, count),
                     )
                 )
         return AttentionRows(num_rows, tuple(groups))

@@ -5,24 +5,30 @@ page's layer j for one block, row `page * 2 * g + g + j` the V. All single rows 
 call, padded to the longest context; each run of several rows (prompt chunk, refill) is a call of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RowGroup:
-    """Rows that attend in one call. `blocks` [2, sequences, blocks] pool rows of K and V for layer 0 of their page;
-    `mask` is additive, None where nothing is masked; `rows` None means all rows of the segment, in order."""
+    """Rows that attend in one call. `blocks` [2, sequences, blocks] pool rows of K and V for layer 0 of their page; `rows`
+    None means all rows of the segment, in order."""
 
     num_sequences: int
     rows_each: int
     rows: Tensor | slice | None
     blocks: tuple[Tensor, ...]  # one per page of the segment's cell
-    mask: Tensor | None
+    make_mask: Callable[[], Tensor | None]
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Additive, None where nothing is masked. Made when asked for: layers in one call know positions instead."""
+        return self.make_mask()
 
 
 @dataclass(frozen=True, slots=True)
