@@ -11,12 +11,14 @@ from sortserve.engine.vllm.deciding import Answer, Decider, MeasuredStep, Setup,
 @dataclass
 class Programmed:
     """`program`: by number of prompt tokens, (from this output token on, this place), ascending. Others run their
-    ceiling. `refuse` and `cut`: numbers of prompt tokens, and of output tokens at which to cut."""
+    ceiling. `refuse` and `cut`: numbers of prompt tokens, and of output tokens at which to cut.
+    `order`: numbers of prompt tokens, whose turn comes first; none: vLLM's order."""
 
     setup: Setup
     program: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     refuse: set[int] = field(default_factory=set)
     cut: dict[int, int] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
     steps: list[MeasuredStep] = field(default_factory=list)
     seen: list[tuple[Standing, ...]] = field(default_factory=list)
 
@@ -36,6 +38,12 @@ class Programmed:
                 for request in requests
                 if request.num_output >= self.cut.get(request.num_prompt, 1 << 30)
             ),
+            order=tuple(
+                request.request_id
+                for request in sorted(requests, key=lambda request: self.order.index(request.num_prompt))
+            )
+            if self.order
+            else (),
         )
 
     def measured(self, step: MeasuredStep) -> None:

@@ -18,7 +18,14 @@ BUDGET = {"sortserve_budget": [-1, -1, 3_600_000]}  # whose K/V may be reused
 def clean(engine: Engine) -> None:
     """No program, and nothing cached."""
     decider = engine.decider
-    for written in (decider.program, decider.refuse, decider.cut, decider.steps, decider.seen):
+    for written in (
+        decider.program,
+        decider.refuse,
+        decider.cut,
+        decider.order,
+        decider.steps,
+        decider.seen,
+    ):
         written.clear()
     assert engine.llm.reset_prefix_cache()
 
@@ -113,6 +120,17 @@ def test_refused_and_cut_requests_end_and_say_so(engine: Engine) -> None:
     assert not engine.scheduler.requests
     engine.generate([asked[2]], [engine.free], 1)
     assert len(engine.scheduler._tracked) <= 1, "ended requests are forgotten"
+
+
+def test_prompts_have_their_turns_in_the_deciders_order(engine: Engine) -> None:
+    """Against vLLM's, which is first come, first served; each is longer than half of a step's rows."""
+    lengths = [40, 41, 42, 43, 44, 45, 46]
+    engine.decider.order.extend([46, 40, 45, 41, 44, 42, 43])
+    engine.generate(prompts(engine, tuple(lengths)), [engine.free] * len(lengths), 12)
+    begun: list[int] = []
+    for standings in engine.decider.seen:
+        begun += [each.num_prompt for each in standings if each.num_output and each.num_prompt not in begun]
+    assert begun == engine.decider.order
 
 
 def _depths_alone(engine: Engine) -> tuple[str, str]:

@@ -146,6 +146,16 @@ def test_a_tight_budget_gets_less_and_an_ample_one_all() -> None:
     assert taught().decide([standing("ample", budget=Budget(3e6))], 100.0).place["ample"] == FULL
 
 
+def test_the_nearest_deadline_has_its_turn_first() -> None:
+    requests = [
+        standing("late", budget=Budget(total_ms=90_000)),
+        standing("none"),
+        standing("soon", budget=Budget(total_ms=30_000)),
+        running("runs", budget=Budget(total_ms=60_000)),
+    ]
+    assert decider().decide(requests, 100.0).order == ("soon", "runs", "late", "none")
+
+
 @pytest.mark.parametrize("policy", ["slack", "global-cap", "slackfit", "admission-only", "reject-only", "fixed"])
 def test_floors_ceilings_and_refusals(policy: str) -> None:
     """Hopeless and strict ones are refused at most before they ran; nobody leaves floor and ceiling."""

@@ -66,6 +66,7 @@ class Answer:
     refuse: frozenset[str] = frozenset()  # only those that never ran
     cut: frozenset[str] = frozenset()  # end now, with what they have
     chunk_tokens: int | None = None  # most rows of prompts in this step; None: what vLLM allows
+    order: tuple[str, ...] = ()  # whose turn comes first where not all can run; others come behind, as vLLM has them
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from sortserve.engine.rungs import Floats, Rungs
 from sortserve.engine.vllm.deciding import MeasuredStep
 
 ENOUGH_STEPS = 64
-"""Measured steps that a first table is fitted to; again at twice as many, and so on up to MOST_STEPS: a fit takes the
-scheduler up to some 0.1 s, so there are few, and the warm-up has most of them."""
+"""Measured steps that a first table is fitted to; again at each as many more, up to MOST_STEPS: a fit takes the scheduler
+up to some 0.1 s, so there are few, and the warm-up has most of them."""
 MOST_STEPS = 256
 MOST_BUCKET = 1024
 
@@ -50,7 +50,7 @@ class LearnedCost:
             return
         self._measured.append(Measured(shape, seconds))
         if len(self._measured) == self._next_fit:
-            self._next_fit *= 2
+            self._next_fit += ENOUGH_STEPS
             most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
             powers = int(min(most, MOST_BUCKET)).bit_length()
             self.model = CostModel(

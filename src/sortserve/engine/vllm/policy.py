@@ -6,7 +6,7 @@ and everybody runs the best that they may. No vLLM here, and no torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ class PolicyDecider:
             self._steps, self._until = 0, now + ASK_SECONDS
         late = self._too_late(requests, now)
         if late:
-            return Answer(self._answer.place, self._answer.reason, self._answer.refuse, late, self._answer.chunk_tokens)
+            return replace(self._answer, cut=late)
         return self._answer
 
     def _look(self, requests: Sequence[Standing], now: float) -> bool:
@@ -119,6 +119,7 @@ class PolicyDecider:
             dict(zip(names, decision.reason.tolist(), strict=True)),
             frozenset(refused),
             chunk_tokens=max(1, decision.chunk_tokens) if self._chunks else None,
+            order=tuple(names[number] for number in view.order.tolist()),
         )
 
     def _too_late(self, requests: Sequence[Standing], now: float) -> frozenset[str]:

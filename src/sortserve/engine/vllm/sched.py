@@ -9,10 +9,12 @@ An exception in here ends the engine, so what clients sent is clamped, never ref
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
@@ -192,6 +194,24 @@ class SubmodelMixin:
             else:
                 self._go_to(request, tracked, wanted, reason)
         self._limit_prompts(answer.chunk_tokens, running)
+        self._put_in_order(answer.order)
+
+    def _put_in_order(self, order: Sequence[str]) -> None:
+        """Who decodes comes first, then prompts that have begun, then those that wait, each in the decider's order. vLLM
+        takes them from the front as far as a step's rows go, and memory back from the end of those that run."""
+        if not order:
+            return
+        turn = {request_id: number for number, request_id in enumerate(order)}
+
+        def key(request: Request) -> tuple[bool, int]:
+            return request.is_prefill_chunk, turn.get(request.request_id, len(turn))
+
+        self.running.sort(key=key)  # type: ignore[attr-defined]
+        waiting = self.waiting  # type: ignore[attr-defined]
+        if isinstance(waiting, FCFSRequestQueue):  # else vLLM's own priorities say it
+            ordered = sorted(waiting, key=lambda request: key(request)[1])
+            waiting.clear()
+            waiting.extend(ordered)
 
     def _switch(self, request: Request, tracked: Tracked, wanted: int, reason: int, now: float) -> None:
         if request.status == RequestStatus.RUNNING and not keeps_kv(tracked, wanted, self._own.settings):

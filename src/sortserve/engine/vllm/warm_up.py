@@ -21,7 +21,8 @@ GIVE_UP_SECONDS = 5.0
 
 
 def batches(ladder: Ladder, max_running: int, step_tokens: int, max_model_len: int) -> Iterator[tuple[int, int, int]]:
-    """(place, requests, prompt tokens) to run one after another: answers in batches of all sizes, prompts of all sizes."""
+    """(place, requests, prompt tokens) to run one after another: prompts of all sizes, answers in batches of all sizes.
+    Prompts come first: the last fit does not have the last few steps."""
     last = len(ladder.entries) - 1
     count = min(MOST_PLACES, last + 1)
     places = sorted({round(number * last / max(1, count - 1)) for number in range(count)})
@@ -29,10 +30,10 @@ def batches(ladder: Ladder, max_running: int, step_tokens: int, max_model_len: i
     rows = [1 << power for power in range(most_rows.bit_length()) if 1 << power <= most_rows]
     longest = min(step_tokens, max_model_len - TOKENS)
     prompts = [size for size in (longest // 8, longest // 3, longest) if size > SHORT]
-    for requests in rows:
-        yield from ((place, requests, min(SHORT, longest)) for place in places)
     for size in prompts:
         yield from ((place, 1, size) for place in places)
+    for requests in rows:
+        yield from ((place, requests, min(SHORT, longest)) for place in places)
 
 
 async def warm_up(front: Any, info: EngineInfo, max_running: int, step_tokens: int) -> None:
