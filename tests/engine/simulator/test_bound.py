@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from sortserve.engine.cost import StepShape
 from sortserve.engine.policies.fixed import FixedPolicy
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
-from sortserve.engine.simulator.bound import best, least_work, subtrees
+from sortserve.engine.simulator.bound import Rates, best, least_rates, least_work, subtrees
 from sortserve.engine.simulator.replica import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.traces import Workload
@@ -25,10 +26,15 @@ def _bound(config: ReplicaConfig, workload: Workload, replicas: int = 1, bucket:
         config.rungs,
         table(config),
         step_tokens=config.step_tokens,
+        max_running=config.max_running,
         replicas=replicas,
         bucket=bucket,
     )
     return found.goodput, found.met
+
+
+def _rates(config: ReplicaConfig, workload: Workload) -> Rates:
+    return least_rates(workload, config.rungs, table(config), config.step_tokens, config.max_running)
 
 
 class _Scripted:
@@ -129,7 +135,7 @@ def test_at_twice_what_the_full_model_can_the_mix_is_the_best_by_hand() -> None:
         np.ones(count, np.bool_), np.full(count, -1, np.int64), np.zeros(count, np.int64),
     )  # fmt: skip
     places = np.arange(config.rungs.default_floor, config.rungs.full + 1)
-    work = least_work(workload, config.rungs, table(config), config.step_tokens, places)
+    work = least_work(workload, config.rungs, _rates(config, workload), places)
     each = (work.prompt + work.rest)[0]
     quality = config.rungs.quality[places]
     available = count * each[-1] / 2
@@ -142,16 +148,17 @@ def test_at_twice_what_the_full_model_can_the_mix_is_the_best_by_hand() -> None:
     within = replace(workload, total=np.full(count, available))
     goodput, met = _bound(config, within, bucket=available * 1.0000001)
     assert goodput == pytest.approx(max(mixed, alone), rel=1e-3)
-    assert met == pytest.approx(min(count, available / each[0]), rel=1e-3)
+    floor = least_work(workload, config.rungs, _rates(config, workload), places[:1])
+    assert met == pytest.approx(min(count, available / float((floor.prompt + floor.rest)[0, 0])), rel=1e-3)
 
 
 def test_requests_without_a_budget_take_their_work_by_the_time_patience_ends() -> None:
     config = little_config()
     workload = little_workload(60, 5, rate=200.0)
-    cost = table(config)
-    free = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05).goodput
-    charged = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.5).goodput
-    hopeless = best(workload, config.rungs, cost, step_tokens=32, bucket=0.05, patience=0.01).goodput
+    bound = partial(best, workload, config.rungs, table(config), step_tokens=32, max_running=8, bucket=0.05)
+    free = bound().goodput
+    charged = bound(patience=0.5).goodput
+    hopeless = bound(patience=0.01).goodput
     assert charged < free - 0.1
     assert hopeless == pytest.approx(free), "what nobody can do is not asked for"
 
@@ -176,6 +183,7 @@ def test_what_is_charged_is_never_more_than_the_work_of_who_goes_down_on_the_way
     with the shortest contexts. Work by hand at the best rates, against the shares k / n and 1 - k / n."""
     config = little_config()
     cost, layers = table(config), config.rungs.layers
+    gap, slope = 0.5e-3 - 0.5e-3 / 31, 0.5e-3 / 31  # of a layer: 0.5 ms at 1 row, 1 at 32
     never = np.full(1, np.inf)
     prompt, outputs = 7, 60
     workload = Workload(
@@ -183,8 +191,8 @@ def test_what_is_charged_is_never_more_than_the_work_of_who_goes_down_on_the_way
         np.ones(1, np.bool_), np.full(1, -1, np.int64), np.zeros(1, np.int64),
     )  # fmt: skip
     places = np.array([1, 3])  # 3 and 6 layers
-    work = least_work(workload, config.rungs, cost, config.step_tokens, places)
-    row = float((cost.layer + cost.ffn)[1] / 32)  # of a layer, shared by 32; at 192 rows, beyond the table, the same
+    work = least_work(workload, config.rungs, _rates(config, workload), places)
+    row = slope + float(cost.ffn[1] / 32)  # an FFN is shared by 32; at 192 rows, beyond the table, it costs the same
     contexts = cost.context_seconds * (prompt + np.arange(1, outputs))
     least = 0.0
     for deep in range(outputs + 1):
@@ -194,8 +202,50 @@ def test_what_is_charged_is_never_more_than_the_work_of_who_goes_down_on_the_way
         true_prompt = depth * (prompt * row + prompt * cost.context_seconds + prompt**2 / 2 * cost.pair_seconds)
         below = 3 * ((outputs - 1) * row + contexts.sum())
         above = 3 * (max(deep - 1, 0) * row + contexts[: max(deep - 1, 0)].sum())
-        true_rest = below + above + outputs * 2e-4 / 32
+        steps = outputs * (cost.base + 3 * gap) + deep * 3 * gap  # that many at least, with 8 tokens each
+        logits = outputs * (1e-4 + 1e-4 * 7 / 31) / 8
+        true_rest = below + above + steps / 8 + logits
         assert charged_prompt <= true_prompt * (1 + 1e-9)
         assert charged_rest <= true_rest * (1 + 1e-9)
         least = max(least, charged_rest / true_rest)
     assert least > 0.95, "what is charged is far below the truth everywhere"
+
+
+def test_no_step_takes_less_than_what_its_rows_and_tokens_are_charged() -> None:
+    """Steps of all kinds that a replica ran under random policies: rows, K/V, logits and parts of the step at the least
+    rates, of both ways to charge, never come to more than the step took; and not to much less for full steps."""
+    for widths in ((64,), (32, 64)):
+        config = little_config(widths)
+        rungs, cost, places = config.rungs, table(config), len(config.rungs.exits)
+        rng = np.random.default_rng(0)
+        four = little_workload(4, 0)
+        ways = [
+            _rates(config, replace(four, num_prompt=np.full(4, prompt), num_output=np.full(4, outputs)))
+            for prompt, outputs in ((500, 1), (1, 500))
+        ]
+        assert ways[0].token.max() == 0 < ways[1].token.min()
+        nearest = [0.0, 0.0]
+        for _ in range(2000):
+            alone = rng.random() < 0.5  # all on one place
+            where = np.eye(places)[rng.integers(places)] if alone else np.full(places, 1 / places)
+            sampled = rng.multinomial(rng.integers(0, config.max_running + 1), where)
+            left = config.step_tokens * rungs.num_layers - int(sampled @ rungs.depths)
+            more = np.zeros(places, np.int64)
+            place = int(where.argmax())
+            more[place] = rng.integers(0, left // rungs.depths[place] + 1)
+            count = (sampled + more).astype(np.float64)
+            shape = StepShape(
+                count @ rungs.runs,
+                count @ rungs.share,
+                np.where(count[:, None] > 0, rungs.share, 0.0).max(0),
+                np.zeros(rungs.num_segments),
+                np.zeros(rungs.num_segments),
+                np.asarray(float(sampled.sum())),
+            )
+            took = float(cost.seconds(shape))
+            for way, rates in enumerate(ways):
+                rows = float(count @ rungs.depths) * rates.layer + float((count @ rungs.share).sum()) * rates.ffn
+                charged = rows + float(sampled @ (rates.head + rates.token))
+                assert charged <= took * (1 + 1e-9)
+                nearest[way] = max(nearest[way], charged / took)
+        assert min(nearest) > 0.99, "what is charged is far below every step"

@@ -2,9 +2,18 @@
 
 Each request is refused, or answered with any mix of sub-models: `share[i, p]` of its output tokens come from place p, and
 they may add up to less than one (a part of a request counts as that part of a kept budget). Work is machine time, charged
-at the least that it can cost in any step: computing at the best rate of the cost table (weights shared by as many rows as
-a step may have), each row's own K/V, its logits. It must be done between arrival and deadline: of the prompt by the time
-the first token is due, of the rest by the time the last one is. A second of clock has one second of machine time.
+at the least that it can cost in any step: its computing, each row's own K/V, its logits, and its part of what a step takes
+whatever its rows. It must be done between arrival and deadline: of the prompt by the time the first token is due, of the
+rest by the time the last one is. A second of clock has one second of machine time.
+
+What a step takes whatever its rows (`base`, and of each layer that runs the `gap` below which no number of rows brings it)
+may be charged in two ways; the program takes the one that comes to more:
+
+- to output tokens. A step gives a request at most one, and at most `max_running` requests take part, so of a step that runs
+  a segment each of its tokens that ran there owes 1 / `max_running`, and the parts add up to no more than the step took. A
+  row then costs `slope`: layer(r) >= gap + slope x r for every number of rows that a step can have.
+- to rows. At most `step_tokens` x layers of them run in a step, counted by layers, so each owes that part of `base`; and a
+  row costs layer(r) / r at the number of rows, among those a step can have, where that is least.
 
 It stays an upper bound because every relaxation only helps: steps have no order and no minimum length, memory never is
 short, prefixes are free, requests without a budget cost nothing (or, with `patience`, the full model's work by then), and
@@ -13,7 +22,7 @@ tokens runs in a segment, at least the share u of the prompt's cost there is cha
 context read at least what the first tokens, whose context is shortest, would read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,21 +54,22 @@ def best(
     cost: CostTable,
     *,
     step_tokens: int,
+    max_running: int,
     replicas: int = 1,
     bucket: float = 0.5,
     patience: float = np.inf,
 ) -> Bound:
     """The bound of goodput and of attainment. Needs scipy."""
-    goodput = _solve(workload, rungs, cost, step_tokens, replicas, bucket, patience, rungs.quality)
-    met = _solve(workload, rungs, cost, step_tokens, replicas, bucket, patience, np.ones(len(rungs.quality)))
+    rates = least_rates(workload, rungs, cost, step_tokens, max_running)
+    goodput = _solve(workload, rungs, rates, replicas, bucket, patience, rungs.quality)
+    met = _solve(workload, rungs, rates, replicas, bucket, patience, np.ones(len(rungs.quality)))
     return Bound(goodput, met)
 
 
 def _solve(
     workload: Workload,
     rungs: Rungs,
-    cost: CostTable,
-    step_tokens: int,
+    rates: "Rates",
     replicas: int,
     bucket: float,
     patience: float,
@@ -73,7 +83,7 @@ def _solve(
         raise SortServeError("the bound needs scipy; pip install 'sortserve[simulate]'") from error
     places = _places_worth(rungs, worth)
     budgeted = np.flatnonzero(workload.budgeted)
-    work = least_work(workload, rungs, cost, step_tokens, places)
+    work = least_work(workload, rungs, rates, places)
     first_due, last_due = _dues(workload)
     # one job is work within a window; interactive requests have two: the prompt's and the rest's
     timed = np.isfinite(workload.ttft)[budgeted]
@@ -84,7 +94,7 @@ def _solve(
     ]
     if patience < np.inf:
         others = np.flatnonzero(~workload.budgeted)
-        full = least_work(workload, rungs, cost, step_tokens, np.array([rungs.full]))
+        full = least_work(workload, rungs, rates, np.array([rungs.full]))
         must = (full.prompt + full.rest)[others]
         jobs.append(_Jobs(others, must, workload.arrival[others] + patience, must=True))
     program = _Program(workload, budgeted, jobs, len(places), bucket, replicas)
@@ -93,7 +103,7 @@ def _solve(
     matrix = coo_array((program.values, (program.rows, program.columns)), (program.num_rows, len(values)))
     solved = linprog(-values, A_ub=matrix.tocsr(), b_ub=program.limits, bounds=(0, None), method="highs-ipm")
     if solved.status == 2 and patience < np.inf:  # those without a budget alone are too much: then they are left out
-        return _solve(workload, rungs, cost, step_tokens, replicas, bucket, np.inf, worth)
+        return _solve(workload, rungs, rates, replicas, bucket, np.inf, worth)
     assert solved.status == 0, solved.message
     return float(-solved.fun)
 
@@ -113,17 +123,45 @@ def _dues(workload: Workload) -> tuple[Floats, Floats]:
     return first, np.minimum(paced, workload.arrival + workload.total)
 
 
-def least_work(workload: Workload, rungs: Rungs, cost: CostTable, step_tokens: int, places: Ints) -> _Work:
+@dataclass(frozen=True)
+class Rates:
+    """The least seconds that work can cost, see the module."""
+
+    layer: float  # a row in a layer without its FFN
+    ffn: float  # a row in a whole FFN
+    head: float  # logits of a row
+    context: float  # per layer and K/V token read
+    pair: float  # per layer and query x context pair of a chunk
+    token: Floats  # [places] an output token made there: its part of the steps
+
+
+def least_rates(workload: Workload, rungs: Rungs, cost: CostTable, step_tokens: int, max_running: int) -> Rates:
+    """Of the two ways to charge steps the one that charges the workload more."""
+    # a refill may run in one segment alone
+    most_rows = step_tokens * rungs.num_layers / int(rungs.layers.min())
+    gap, slope = _line_below(cost, cost.layer, step_tokens, most_rows)
+    by_rows = Rates(
+        _least_rate(cost, cost.layer, most_rows) + cost.base / (step_tokens * rungs.num_layers),
+        _least_rate(cost, cost.ffn, most_rows),
+        _least_rate(cost, cost.head, max_running),
+        cost.context_seconds,
+        min(cost.pair_seconds, cost.context_seconds),  # one row at a time pays context instead
+        np.zeros(len(rungs.exits)),
+    )
+    by_tokens = replace(by_rows, layer=slope, token=(cost.base + gap * rungs.depths) / max_running)
+    places = np.arange(rungs.default_floor, len(rungs.exits))
+    charged = [least_work(workload, rungs, rates, places) for rates in (by_rows, by_tokens)]
+    totals = [float((work.prompt + work.rest).sum()) for work in charged]
+    return by_tokens if totals[1] > totals[0] else by_rows
+
+
+def least_work(workload: Workload, rungs: Rungs, rates: Rates, places: Ints) -> _Work:
     """See the module: [n, places] seconds, linear in the shares."""
-    most_rows = step_tokens * int(rungs.layers.sum()) / int(rungs.layers[: rungs.exits.min()].sum())
-    layer, ffn = _least_rate(cost, cost.layer, most_rows), _least_rate(cost, cost.ffn, most_rows)
-    head = _least_rate(cost, cost.head, most_rows)
     prompt = workload.num_prompt - np.minimum(workload.shared, workload.num_prompt - 1)
     cached = workload.num_prompt - prompt
     pairs = (workload.num_prompt.astype(np.float64) ** 2 - cached.astype(np.float64) ** 2) / 2
     outputs = workload.num_output.astype(np.float64)
     rows = outputs - 1  # the last output token never runs
-    pair_seconds = min(cost.pair_seconds, cost.context_seconds)  # one row at a time pays context instead
     count, floor_exit = len(workload), int(rungs.exits[places[0]])
     work = _Work(np.zeros((count, len(places))), np.zeros((count, len(places))))
     runs = rungs.runs[places]
@@ -131,14 +169,14 @@ def least_work(workload: Workload, rungs: Rungs, cost: CostTable, step_tokens: i
     share = np.where(rungs.runs, rungs.share, np.inf)[places].min(axis=0)
     for segment in range(rungs.num_segments):
         layers = int(rungs.layers[segment])
-        context = layers * cost.context_seconds
+        context = layers * rates.context
         here = runs[:, segment]
         if not here.any():
             continue
-        ahead = prompt * (layers * layer + share[segment] * ffn) + context * workload.num_prompt
-        ahead = ahead + layers * pair_seconds * pairs
+        ahead = prompt * (layers * rates.layer + share[segment] * rates.ffn) + context * workload.num_prompt
+        ahead = ahead + layers * rates.pair * pairs
         work.prompt[:, here] += ahead[:, None]
-        row = layers * layer + rungs.share[places, segment] * ffn  # [places]
+        row = layers * rates.layer + rungs.share[places, segment] * rates.ffn  # [places]
         if segment < floor_exit:
             work.rest[:] += (
                 rows[:, None] * row + (context * (rows * workload.num_prompt + rows * (rows + 1) / 2))[:, None]
@@ -150,7 +188,7 @@ def least_work(workload: Workload, rungs: Rungs, cost: CostTable, step_tokens: i
         narrow = row[here].min()
         work.rest[:, here] += outputs[:, None] * (row[here] + each[:, None])
         work.rest[:] -= (narrow + each + context * rows**2 / 8)[:, None]
-    work.rest[:] += (outputs * head)[:, None]
+    work.rest[:] += outputs[:, None] * (rates.head + rates.token[places])
     return work
 
 
@@ -158,6 +196,17 @@ def _least_rate(cost: CostTable, term: Floats, most_rows: float) -> float:
     """The least seconds a row of a term, in a step of up to `most_rows`."""
     rows = np.append(cost.buckets[cost.buckets <= most_rows], most_rows)
     return float((cost._at(term, rows) / rows).min())
+
+
+def _line_below(cost: CostTable, term: Floats, touched: float, most_rows: float) -> tuple[float, float]:
+    """Gap and slope of a line that a term is nowhere below, for 1 to `most_rows` rows: through its value at `touched` rows,
+    if that can be. Both are at least 0."""
+    rows = np.append(cost.buckets[cost.buckets <= most_rows], [1.0, touched, most_rows])
+    values, reached = cost._at(term, rows), float(cost._at(term, np.asarray(touched)))
+    fewer = rows < touched
+    slope = float(((reached - values[fewer]) / (touched - rows[fewer])).max(initial=0.0))
+    gap = float((values - slope * rows).min())  # between its buckets a term is straight
+    return (gap, slope) if gap >= 0 else (0.0, _least_rate(cost, term, most_rows))
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def bound_of(trace: Trace, config: ReplicaConfig, scenario: Scenario, seed: int)
         config.rungs,
         config.cost,
         step_tokens=config.step_tokens,
+        max_running=config.max_running,
         replicas=scenario.replicas,
         bucket=scenario.bound_bucket,
         patience=config.patience,
