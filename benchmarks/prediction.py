@@ -1,9 +1,11 @@
 """How well steps are predicted: random mixed load on the real engine, alone and beside a process that loads the machine.
 
+In a process with the environment and the time slices of the server's engine, whose step times were measured when it started.
 Requests come at random, with prompts and answers of random lengths, and a policy that moves them over the ladder at random,
 so that decode, chunks of prompts and refills mix. Each step is predicted before it runs, and learned from after.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import grid_engine, report
+from sortserve.engine.connection import ENVIRONMENT
 from sortserve.engine.cost import StepKind
 from sortserve.engine.cost_model import KINDS
 from sortserve.engine.engine import Engine
@@ -20,6 +23,7 @@ from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.policies.protocol import Decision, Reason, View
 from sortserve.engine.protocol import GenerateRequest
 from sortserve.engine.sampling import SamplingParams
+from sortserve.engine.time_slices import ask_for_short_slices
 
 SECONDS = 100.0
 WARM_STEPS = 30
@@ -47,8 +51,13 @@ class Wandering:
 
 def run(model: Path) -> None:
     """Print errors and coverage by kind of step."""
+    if not ENVIRONMENT.items() <= os.environ.items():  # read when torch was loaded: too late here
+        again = [sys.executable, "-m", "benchmarks", "prediction", "--model", str(model)]
+        subprocess.run(again, env=os.environ | ENVIRONMENT, check=True)
+        return
+    ask_for_short_slices()
     began = time.perf_counter()
-    engine = grid_engine(model, max_step_tokens=64, max_running=24, kv_bytes=1 << 30, warmup=True)
+    engine = grid_engine(model, max_step_tokens=64, max_running=24, kv_bytes=1 << 30, warmup=True, profile_cache=False)
     loaded = time.perf_counter() - began
     print(
         f"loaded and profiled in {loaded:.1f} s; the machine's speed now: {engine.cost.factor if engine.cost else 0:.2f}"

@@ -1,9 +1,10 @@
 """The client's processes: `python -m benchmarks.slo.client PLAN OUTCOMES`, both MessagePack files of `wire.py`.
 
 Open loop: requests leave when they are due, however many are unanswered, and how late each left is kept: a client that
-waits for its server hides the queue it stands in. Two processes: this one only sends, at the priority it was given, and
-hands each connection to a reader that gives way to the server. (One process that did both sent 1 % of its requests 5
-to 27 ms late at 63 requests a second: it was reading.) Closed loop: so many clients, each as fast as it is answered.
+waits for its server hides the queue it stands in. Two processes: this one only sends, at the priority it was given, in
+short slices, and hands each connection to a reader that gives way to the server. (One process that did both sent 1 % of
+its requests 5 to 27 ms late at 63 requests a second: it was reading.)
+Closed loop: so many clients, each as fast as it is answered.
 """
 
 import asyncio
@@ -87,6 +88,7 @@ def main() -> None:
         give_way(plan.nice)
         outcomes_file.write_bytes(msgspec.msgpack.encode(asyncio.run(closed_loop(plan))))
         return
+    give_way(0)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-m", "benchmarks.slo.reader", str(theirs.fileno()), *map(str, sys.argv[1:])]
     with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as reader:

@@ -297,6 +297,16 @@ def test_a_corrupt_cache_is_measured_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert measure.count == 2
 
 
+def test_what_a_busy_machine_left_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile taken beside other work had the 0.5B model's steps at 1.6 times their length, and was kept for ever."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measure = Measuring()
+    slowness = iter((1.0, 3.0, 0.63, 1.0))
+    answers = [profile_cache.fitted({}, measure, lambda table: next(slowness))[1] for _ in range(5)]
+    assert answers == [False, True, True, False, True]
+    assert measure.count == 2
+
+
 def test_without_a_place_to_write_nothing_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import DTYPE_BYTES, KV_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.cost import CostTable
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.depth_head import DepthHead
 from sortserve.engine.errors import NotFoundError, StartupError
@@ -214,10 +215,15 @@ class Engine:
             "torch": str(torch.__version__),
             "signals": repr(self.info.ladder.depth_head) if profiler.confidence else "",
         }
-        table, was_cached = fitted(about, profiler.fit, use_cache=config.profile_cache)
+        quick = shape_of_parts(scheduler.rungs, profiler.quick().sequences)
+
+        def slowness(table: CostTable) -> float:
+            return profiler.quick_seconds() / max(float(table.seconds(quick)), 1e-9)
+
+        table, was_cached = fitted(about, profiler.fit, slowness, use_cache=config.profile_cache)
         cost = CostModel(table)
         if was_cached:
-            cost.start_at(shape_of_parts(scheduler.rungs, profiler.quick().sequences), profiler.quick_seconds())
+            cost.start_at(quick, profiler.quick_seconds())
         return cost
 
 

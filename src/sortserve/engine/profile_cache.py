@@ -13,6 +13,8 @@ from sortserve.kernels import compiling
 
 logger = logging.getLogger(__name__)
 
+_LEAST_SLOWNESS = 0.8
+
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/sortserve/profiles`, in `~/.cache` if that is not set. Raises RuntimeError without a home."""
@@ -20,10 +22,15 @@ def cache_folder() -> Path:
 
 
 def fitted(
-    about: dict[str, str], measure: Callable[[], CostTable], *, use_cache: bool = True
+    about: dict[str, str],
+    measure: Callable[[], CostTable],
+    slowness: Callable[[CostTable], float] = lambda table: 1.0,
+    *,
+    use_cache: bool = True,
 ) -> tuple[CostTable, bool]:
     """The table that was fitted under the same circumstances, and True; else a new one, which is kept if possible. A file
-    that cannot be read is measured anew, a folder that cannot be written costs one line of the log."""
+    that cannot be read is measured anew, a folder that cannot be written costs one line of the log. So is one that was
+    made while the machine was busy: `slowness`, of the machine now over the table, is below what noise explains."""
     if not use_cache:
         return measure(), False
     about = about | machine()
@@ -31,8 +38,10 @@ def fitted(
     try:
         path = cache_folder() / f"{name}.json"
         table = read_cost(path)
-        logger.info("step times read from %s", path)
-        return table, True
+        if slowness(table) >= _LEAST_SLOWNESS:
+            logger.info("step times read from %s", path)
+            return table, True
+        logger.info("step times are measured anew: those in %s were made on a busier machine", path)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, RuntimeError) as error:

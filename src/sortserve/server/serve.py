@@ -18,6 +18,7 @@ from sortserve.engine.errors import StartupError
 from sortserve.engine.logs import configure_logging
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
+from sortserve.engine.time_slices import ask_for_short_slices
 from sortserve.engine.vllm.compat import check_version
 from sortserve.engine.vllm.start import parsed
 from sortserve.server.app import create_app
@@ -55,6 +56,7 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
         log_prompts=args.log_prompts,
     )
     command = VLLM_COMMAND if args.backend == "vllm" else COMMAND
+    ask_for_short_slices()  # the engine's process has them from this one
     backend = ProcessBackend(config, LoadingLog(), hang_seconds=args.engine_timeout, command=command)
     app = create_app(backend, tokenizer, options, lambda: server.stop(), tracing)
     listener = _listen(args.host, args.port)
