@@ -199,10 +199,10 @@ class Scheduler:
             if request is None:
                 continue
             assert part.tokens[part.stop - 1] != PENDING, "the step before is to be booked first"
-            if part.spans[0].start < part.watermark[0]:
-                refilled = sum(span.num_rows for span in part.spans if span.start < part.watermark[0])
-                request.refilled_tokens += refilled
-                self._tally.refilled_tokens += refilled
+            refilled = part.num_refilled
+            request.refilled_tokens += refilled
+            self._tally.refilled_tokens += refilled
+            self._planner.state_worth.note(part)
             self.kv.advance(request.kv, request.tokens, part.exit, part.spans, states=part.keep_states)
         if len(self._table) and self.decider.may_ask(now):
             self._ask(now, {part.request_id for part in plan.sequences if part.sample is not None})
