@@ -175,10 +175,11 @@ class Scheduler:
         self._refuse_decided()
         if not len(self._table):
             return None
-        if self.decider.must_ask:
+        parts = [] if self.decider.must_ask else self._repeated() or self._plan_anew(now)
+        if not parts and self.decider.is_urgent:  # also if the last answer was given just now: nobody else runs
             self._ask(now)
             self._refuse_decided()
-        parts = self._repeated() or self._plan_anew(now)
+            parts = self._repeated() or self._plan_anew(now)
         if not parts:
             self.decider.note(urgent=True)
             return None
@@ -211,7 +212,8 @@ class Scheduler:
     def _ask(self, now: float, coming: Collection[str] = ()) -> None:
         """A new answer of the policy; `coming`: who gets a token until it counts. Refusals are told with the next plan."""
         requests = list(self._table.requests)
-        changed, refused = self.decider.ask(self._view(now, coming))
+        step_seconds = getattr(self.cost, "last_seconds", 0.0)
+        changed, refused = self.decider.ask(lambda: self._view(now, coming), step_seconds)
         self._refused += [requests[row] for row in refused.tolist()]
         if changed:
             self._repeatable = []
