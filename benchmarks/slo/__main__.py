@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nice", type=int, default=5, help="added to the client's niceness; default: 5")
     add("--text", type=Path, default=_TEXT, help="that prompts are cut from; default: a few pages of books")
     add("--kv-memory", default="256MiB", help="of the server; default: 256MiB")
-    add("--dtype", default="float32", help="of the server; default: float32, which is faster for the bundled model")
+    add("--dtype", default="auto", help="of the server; default: auto, as it is served")
     add(
         "--simulated",
         action="store_true",

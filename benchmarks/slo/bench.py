@@ -9,7 +9,7 @@ from benchmarks.provenance import commit
 from benchmarks.slo import capacity as measured
 from benchmarks.slo import figures, load
 from benchmarks.slo.serving import Served, Settings, started
-from benchmarks.slo.simulated import foretold
+from benchmarks.slo.simulated import Slowness, foretold, replica, slowness
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
@@ -29,6 +29,7 @@ class Bench:
     texts: load.Texts
     unloaded: Unloaded
     capacity: Sequence[measured.Capacity]  # in the ladder's order, the full model last
+    slowness: Slowness | None  # of the server against its profile; None: nothing is simulated
     commit: str  # of before anything was written
 
     @property
@@ -73,13 +74,23 @@ def prepare(asked: argparse.Namespace) -> Bench:
         trace = load.fitted(read_trace(asked.trace), asked.lengths, context)
         texts = load.Texts(served.tokens_of(load.read_text(asked.text)))
         sample = load.drawn(trace, asked.start, _SAMPLED, seed=4)
+        # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs
+        measured.capacity(served, sample, ids[-1], texts, asked.clients, asked.capacity_seconds)
         unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds)
         print(
             f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
         )
         print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
         capacity = [measure(served, sample, rung, texts, asked) for rung in rungs]
-    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, commit())
+    slow = None
+    if asked.simulated:
+        rates = {ladder.place(each.submodel): each.requests_per_second for each in capacity}
+        ends = {place: rates[place] for place in (ladder.default_floor, ladder.full)}
+        slow = slowness(replica(settings, asked.kv_memory), sample, asked.clients, ends)
+        print(
+            f"simulated with {slow.factor:.2f}x the profile's step times and {1e3 * slow.between:.2f} ms between steps"
+        )
+    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, slow, commit())
     ratio = bench.floor.requests_per_second / bench.full.requests_per_second
     print(f"the floor {bench.floor.submodel} does {ratio:.2f}x of the full model's requests")
     return bench
@@ -99,6 +110,7 @@ def again(bench: Bench) -> list[measured.Capacity]:
     """The capacity of floor and full model once more: what it was at the start tells loads only if the machine stayed."""
     with started(bench.settings, "fixed") as served:
         ends = (bench.floor.submodel, bench.full.submodel)
+        measured.capacity(served, bench.sample, ends[1], bench.texts, bench.asked.clients, bench.asked.capacity_seconds)
         return [measure(served, bench.sample, rung, bench.texts, bench.asked) for rung in ends]
 
 
@@ -123,6 +135,10 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
         figures.answered(outcome, kinds[outcome.number], load.budget_of(work, outcome.number), quality_of)
         for outcome in sorted(outcomes, key=lambda outcome: outcome.number)
     ]
+    simulated = None
+    if bench.slowness is not None:
+        config = bench.slowness.applied(replica(bench.settings, asked.kv_memory))
+        simulated = foretold(config, name, bench.ladder, only, work, asked.seconds)
     return {
         "policy": policy,
         "load": multiple,
@@ -130,9 +146,7 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
         "requests_per_second": rate,
         **figures.summary(answers, asked.seconds),
         "counters": {name: count for name, count in sorted(counted.items()) if count},
-        "simulated": foretold(bench.settings, name, bench.ladder, only, work, asked.seconds, asked.kv_memory)
-        if asked.simulated
-        else None,
+        "simulated": simulated,
     }
 
 

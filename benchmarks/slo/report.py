@@ -104,7 +104,7 @@ def _simulated(points: Sequence[Point]) -> list[str]:
     ]
     if not rows:
         return []
-    said = "The same requests in the simulator, with the step times that each point's server found when it started:"
+    said = "The same requests in the simulator, with the server's step times, slowed down to its closed loops:"
     head = ("load", "policy", "attainment measured, simulated", "goodput/s", "quality")
     return ["## Simulated", "", said, "", *table(head, rows), ""]
 

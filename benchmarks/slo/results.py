@@ -96,6 +96,7 @@ def _head(bench: Bench) -> dict[str, Any]:
         "trace": asked.trace.name,
         "told": _told(bench),
         "unloaded_seconds": _fields(bench.unloaded),
+        "slowness": None if bench.slowness is None else _fields(bench.slowness),
         "budgets": {"seed": asked.seed, **_fields(bench.mix)},
         "capacity": [
             {**_fields(found), "quality": of_id[found.submodel], "measured": found.submodel in known}

@@ -27,6 +27,9 @@ REMEMBERED = 200
 """Residuals by kind that quantiles are taken of."""
 NEW_SPREAD = 1.25
 """p90 over median before there are residuals to tell."""
+BETWEEN_GAIN = 0.05
+MOST_BETWEEN = 0.01
+"""Seconds between two steps beyond as many as a step takes: more are a pause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class CostModel:
         self._ratios: dict[StepKind, deque[tuple[float, bool]]] = {kind: deque(maxlen=REMEMBERED) for kind in KINDS}
         self._spread = dict.fromkeys(KINDS, NEW_SPREAD)
         self.last_seconds = 0.0  # of the last step noted
+        self.between = 0.0  # seconds from one step to the next, of late: what a step takes of the machine beside itself
         self._noted: list[tuple[StepShape, float]] = []
 
     @property
@@ -61,7 +65,8 @@ class CostModel:
 
     def present(self) -> CostTable:
         """The table with what was learned until now; of the factors by kind of step, that of decoding."""
-        return replace(self._now.scaled(math.exp(self._speed + self._kinds["decode"])), spread=self._spread["decode"])
+        table = self._now.scaled(math.exp(self._speed + self._kinds["decode"]))
+        return replace(table, base=table.base + self.between, spread=self._spread["decode"])
 
     def start_at(self, shape: StepShape, seconds: float) -> None:
         """The machine's speed at the start, from one step: a table that was fitted at another time is off by that."""
@@ -71,15 +76,19 @@ class CostModel:
 
     def seconds(self, shape: StepShape) -> Floats:
         """Median seconds, [...]."""
-        return self._now.seconds(shape) * math.exp(self._speed + self._kinds[shape.kind])
+        return self._now.seconds(shape) * math.exp(self._speed + self._kinds[shape.kind]) + self.between
 
     def p90(self, shape: StepShape) -> Floats:
         """Seconds that nine of ten such steps stay under, [...]."""
         return self.seconds(shape) * self._spread[shape.kind]
 
-    def note(self, shape: StepShape, seconds: float) -> None:
-        """A step ran; `learn` makes something of it when nobody waits."""
+    def note(self, shape: StepShape, seconds: float, between: float | None = None) -> None:
+        """A step ran, and began so long after the one before it, None if nothing was to do meanwhile; `learn` makes
+        something of it when nobody waits."""
         self.last_seconds = seconds
+        if between is not None:
+            most = self.last_seconds + MOST_BETWEEN
+            self.between += BETWEEN_GAIN * (min(max(between, 0.0), most) - self.between)
         self._noted.append((shape, seconds))
 
     def learn(self) -> None:

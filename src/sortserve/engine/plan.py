@@ -83,6 +83,13 @@ class SequencePlan(msgspec.Struct, frozen=True, gc=False):
         return self.spans[-1].stop
 
     @property
+    def num_refilled(self) -> int:
+        """Tokens computed before that run again, to be deepened or with other widths."""
+        if self.start >= self.watermark[0]:
+            return 0
+        return sum(span.num_rows for span in self.spans if span.start < self.watermark[0])
+
+    @property
     def widest(self) -> int:
         """Settings id of the newest rows' first segment, to keep rows of like width together."""
         return self.spans[-1].settings[0]

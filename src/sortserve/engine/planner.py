@@ -8,6 +8,7 @@ from sortserve.engine.plan import SampleSpec, SequencePlan, Span
 from sortserve.engine.reclaim import Reclaimer
 from sortserve.engine.request import Request
 from sortserve.engine.settings import SettingsTable
+from sortserve.engine.state_worth import StateWorth
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Planner:
 
     def __init__(self, kv: KVManager, settings: SettingsTable) -> None:
         self.reclaimer = Reclaimer(kv, settings)
+        self.state_worth = StateWorth(kv.geometry.num_segments)
         self._kv = kv
         self._settings = settings
 
@@ -49,7 +51,7 @@ class Planner:
         spans, cost = kv.spans(exit, known, target, max_cost)
         if not spans:
             return Planned(None)
-        states = request.keeps_states and exit < self._kv.geometry.num_segments
+        states = self._keeps_states(request, exit)
         # a refill gets all its pages before it starts, so that it cannot starve half-way
         reserve_stop = known if kv.refill_rows(exit) > 0 else spans[-1].stop
         if not self._kv.reserve(kv, exit, reserve_stop, states=states):
@@ -64,6 +66,10 @@ class Planner:
             if not spans:
                 return Planned(None)
         return Planned(self._part(request, place, spans, states=states), cost)
+
+    def _keeps_states(self, request: Request, exit: int) -> bool:
+        geometry = self._kv.geometry
+        return request.keeps_states and exit < geometry.num_segments and self.state_worth.pays(geometry.bounds[exit])
 
     def _part(self, request: Request, place: int, spans: list[Span], *, states: bool) -> SequencePlan:
         kv, sampling = request.kv, request.asked.sampling
@@ -97,8 +103,8 @@ class Planner:
         if kv.settings[0, start] >= 0 or before.prompt_logprobs is not None:
             return None
         states = before.keep_states
-        if not states and request.keeps_states and exit < self._kv.geometry.num_segments:
-            return None  # memory was short for states; it may not be now
+        if states != self._keeps_states(request, exit):
+            return None  # memory was short for states, or they paid: it may be otherwise now
         block, within = divmod(start, self._kv.geometry.block_tokens)
         pages = before.pages
         if within == 0 and not self._kv.reserve(kv, exit, start + 1, states=states):

@@ -175,10 +175,11 @@ class Scheduler:
         self._refuse_decided()
         if not len(self._table):
             return None
-        if self.decider.must_ask:
+        parts = [] if self.decider.must_ask else self._repeated() or self._plan_anew(now)
+        if not parts and self.decider.is_urgent:  # also if the last answer was given just now: nobody else runs
             self._ask(now)
             self._refuse_decided()
-        parts = self._repeated() or self._plan_anew(now)
+            parts = self._repeated() or self._plan_anew(now)
         if not parts:
             self.decider.note(urgent=True)
             return None
@@ -199,10 +200,10 @@ class Scheduler:
             if request is None:
                 continue
             assert part.tokens[part.stop - 1] != PENDING, "the step before is to be booked first"
-            if part.spans[0].start < part.watermark[0]:
-                refilled = sum(span.num_rows for span in part.spans if span.start < part.watermark[0])
-                request.refilled_tokens += refilled
-                self._tally.refilled_tokens += refilled
+            refilled = part.num_refilled
+            request.refilled_tokens += refilled
+            self._tally.refilled_tokens += refilled
+            self._planner.state_worth.note(part)
             self.kv.advance(request.kv, request.tokens, part.exit, part.spans, states=part.keep_states)
         if len(self._table) and self.decider.may_ask(now):
             self._ask(now, {part.request_id for part in plan.sequences if part.sample is not None})
@@ -211,7 +212,8 @@ class Scheduler:
     def _ask(self, now: float, coming: Collection[str] = ()) -> None:
         """A new answer of the policy; `coming`: who gets a token until it counts. Refusals are told with the next plan."""
         requests = list(self._table.requests)
-        changed, refused = self.decider.ask(self._view(now, coming))
+        step_seconds = getattr(self.cost, "last_seconds", 0.0)
+        changed, refused = self.decider.ask(lambda: self._view(now, coming), step_seconds)
         self._refused += [requests[row] for row in refused.tolist()]
         if changed:
             self._repeatable = []

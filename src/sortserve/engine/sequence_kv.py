@@ -85,6 +85,12 @@ class SequenceKV:
                 taken.append(self.states.pop((block, exit)))
         return taken
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the next token to be deepened has its state; the others are likely to be like it."""
+        next_token = self.watermark[-1]
+        return bool(self.states) and next_token < len(self.resume) and int(self.resume[next_token]) > 0
+
     # ---- what has to run
 
     def spans(self, exit: int, stop: int, target: tuple[int, ...], max_cost: int) -> tuple[list[Span], int]:

@@ -45,6 +45,7 @@ class Stepper:
         self._launching = runner if isinstance(runner, LaunchingRunner) else None
         self._ahead = ahead
         self._flight: Flight | None = None
+        self._ended: float | None = None  # when the last step's result was there; None: nothing was left to do then
         self._helper = ThreadPoolExecutor(1, "beside")  # one thread; it never calls torch
 
     def step(self, tell_early: Tell | None = None) -> list[Event]:
@@ -113,6 +114,10 @@ class Stepper:
         return shape_of_parts(self._scheduler.rungs, plan.sequences)
 
     def _book(self, plan: Plan, result: StepResult, shape: StepShape | None) -> list[Event]:
+        now = time.monotonic()
         if self._cost is not None and shape is not None:
-            self._cost.note(shape, result.seconds)
-        return self._scheduler.update(plan, result, time.monotonic())
+            between = None if self._ended is None else now - self._ended - result.seconds
+            self._cost.note(shape, result.seconds, between)
+        events = self._scheduler.update(plan, result, now)
+        self._ended = now if self._scheduler.requests else None
+        return events

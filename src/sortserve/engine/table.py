@@ -151,7 +151,7 @@ class RequestTable:
                 request.ceiling,
                 len(request.tokens) - len(request.asked.prompt) + (request.asked.request_id in coming),
                 request.last_switch,
-                request.keeps_states and bool(request.kv.states),
+                request.keeps_states and request.kv.resumes,
                 *request.kv.watermark,
             )
             for request in self.requests
