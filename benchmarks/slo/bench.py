@@ -86,7 +86,7 @@ def prepare(asked: argparse.Namespace) -> Bench:
     if asked.simulated:
         rates = {ladder.place(each.submodel): each.requests_per_second for each in capacity}
         ends = {place: rates[place] for place in (ladder.default_floor, ladder.full)}
-        slow = slowness(replica(settings, asked.kv_memory), sample, asked.clients, ends)
+        slow = slowness(replica(settings, asked.kv_memory, ladder), sample, asked.clients, ends)
         print(
             f"simulated with {slow.factor:.2f}x the profile's step times and {1e3 * slow.between:.2f} ms between steps"
         )
@@ -137,7 +137,7 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
     ]
     simulated = None
     if bench.slowness is not None:
-        config = bench.slowness.applied(replica(bench.settings, asked.kv_memory))
+        config = bench.slowness.applied(replica(bench.settings, asked.kv_memory, bench.ladder))
         simulated = foretold(config, name, bench.ladder, only, work, asked.seconds)
     return {
         "policy": policy,

@@ -57,7 +57,7 @@ def slowness(config: ReplicaConfig, trace: Trace, clients: int, rates: dict[int,
     return found
 
 
-def replica(settings: Settings, kv_memory: str) -> ReplicaConfig:
+def replica(settings: Settings, kv_memory: str, ladder: Ladder) -> ReplicaConfig:
     """By the step times that the last server has kept. Raises RuntimeError if there are none."""
     files = sorted(cache_folder().glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not files:
