@@ -1,7 +1,8 @@
 """What `sortserve ladder measure SORTED --task ...` wrote, as a table: `python -m benchmarks.sorting.scores SORTED`.
 
 Per entry: share of the weight bytes, quality, loss and agreement by domain, task scores with intervals, milliseconds per
-token; per pair of entries, one for prompts and one for answers, loss and agreement. Writes results/untrained_scores.json.
+token; per pair of entries, one for prompts and one for answers, loss, agreement and task scores. Writes
+results/untrained_scores.json.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import msgspec
 from benchmarks.common import report
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
-from sortserve.engine.ladder_file import Figures
+from sortserve.engine.ladder_file import Figures, Score
 from sortserve.sorting.quality import DEGRADED_UNDER
 
 
@@ -29,11 +30,8 @@ def main() -> None:
     for entry, share in zip(ladder.entries, shares, strict=True):
         quality = f"{entry.quality.value:.3f}" if entry.quality is not None else "-"
         ms = "-" if entry.token_ms is None else f"{entry.token_ms:.1f}"
-        scores = ", ".join(
-            f"{task} {score.value:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.questions}"
-            for task, score in entry.scores.items()
-        )
-        print(f"| {entry.id} | {share:.1%} | {quality} | {_told(entry.domains)} | {scores} | {ms} | {entry.degraded} |")
+        told = f"{_told(entry.domains)} | {_scores(entry.scores)}"
+        print(f"| {entry.id} | {share:.1%} | {quality} | {told} | {ms} | {entry.degraded} |")
         entries[entry.id] = {
             "bytes_share": round(share, 4),
             "degraded": entry.degraded,
@@ -45,7 +43,7 @@ def main() -> None:
             "skip_attention": list(entry.submodel.skip_attention),
         }
     for pair in ladder.pairs:
-        print(f"| prompt {pair.prompt}, answer {pair.answer} | {_told(pair.domains)} |")
+        print(f"| prompt {pair.prompt}, answer {pair.answer} | {_told(pair.domains)} | {_scores(pair.scores)} |")
     figures = {
         "entries": entries,
         "pairs": msgspec.to_builtins(ladder.pairs),
@@ -55,6 +53,7 @@ def main() -> None:
     full = ladder.entries[-1]
     checks = {
         "every entry has scores with intervals": all(entry.scores for entry in ladder.entries),
+        "every pair has scores with intervals": bool(ladder.pairs) and all(pair.scores for pair in ladder.pairs),
         "degraded is what keeps under half of the full model": all(
             entry.degraded == (_least_kept(entry, full) < DEGRADED_UNDER) for entry in ladder.entries[:-1]
         ),
@@ -72,6 +71,13 @@ def _least_kept(entry: Entry, full: Entry) -> float:
     ]
     kept += [math.exp(full.domains[name].loss.value - one.loss.value) for name, one in entry.domains.items()]
     return min(kept, default=1.0)
+
+
+def _scores(scores: Mapping[str, Score]) -> str:
+    return ", ".join(
+        f"{task} {score.value:.0%} [{score.low:.0%}, {score.high:.0%}] of {score.questions}"
+        for task, score in scores.items()
+    )
 
 
 def _told(domains: Mapping[str, Figures]) -> str:
