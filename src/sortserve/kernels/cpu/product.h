@@ -192,15 +192,17 @@ __m512 finish(const Matrix& matrix, const Lines& lines, const Block& block, int6
   return matrix.bias == nullptr ? value : _mm512_add_ps(value, _mm512_loadu_ps(matrix.bias + column));
 }
 
-// Calls done(block, first row, last row, pair) for each tile of rows and each pair of panels, shared out over the threads.
+// Calls done(block, first row, last row, pair) for each tile of rows and each of `pairs` of panels, shared out over the
+// threads: only those that some row wants, or the threads that got the others would have nothing to do.
 // `inputs`: how many a tile needs of each pair; `wanted`: whether a tile needs the pair at all.
 template <class Inputs, class Wanted, class Done>
-void multiply(const Matrix& matrix, const Lines& lines, const Tiling& tiling, Inputs inputs, Wanted wanted, Done done) {
+void multiply(const Matrix& matrix, const Lines& lines, const Tiling& tiling, int64_t pairs, Inputs inputs,
+              Wanted wanted, Done done) {
   const Tile* tiles = lines.bytes() ? kByteTiles : kBfloat16Tiles;
   const int64_t per_word = lines.bytes() ? 4 : 2;
   const int64_t spans = (tiling.tiles + kTilesPerItem - 1) / kTilesPerItem;
 #pragma omp for schedule(static)
-  for (int64_t item = 0; item < matrix.pairs * spans; ++item) {
+  for (int64_t item = 0; item < pairs * spans; ++item) {
     const int64_t pair = item / spans, from = item % spans * kTilesPerItem;
     for (int64_t number = from; number < std::min(from + kTilesPerItem, tiling.tiles); ++number) {
       const int64_t begin = number * tiling.per_tile, end = std::min(begin + tiling.per_tile, tiling.rows);
@@ -219,7 +221,8 @@ void project(const Matrix& matrix, const Lines& lines, const Tiling& tiling, con
              const Rows* residual, const Rows& out) {
   const auto inputs = [&](int64_t begin, int64_t end) { return widest(widths, begin, end, matrix.inputs); };
   const auto wanted = [](int64_t, int64_t, int64_t) { return true; };
-  multiply(matrix, lines, tiling, inputs, wanted, [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
+  multiply(matrix, lines, tiling, matrix.pairs, inputs, wanted,
+           [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
     for (int64_t row = begin; row < end; ++row)
       for (int group = 0; group < kGroups; ++group) {
         const int64_t column = pair * kPair + group * kLanes;
@@ -241,7 +244,9 @@ void gate(const Matrix& matrix, const Lines& lines, const Tiling& tiling, const 
   const auto wanted = [&](int64_t begin, int64_t end, int64_t pair) {
     return pair * kNeurons < widest(widths, begin, end, 0);
   };
-  multiply(matrix, lines, tiling, inputs, wanted, [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
+  const int64_t pairs = (widest(widths, 0, tiling.rows, 0) + kNeurons - 1) / kNeurons;
+  multiply(matrix, lines, tiling, pairs, inputs, wanted,
+           [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
     for (int64_t row = begin; row < end; ++row)
       for (int half = 0; half < 2; ++half) {
         const int64_t line = (row - begin) * lines.planes, neuron = pair * kNeurons + half * kLanes;
