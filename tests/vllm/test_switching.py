@@ -123,9 +123,9 @@ def test_refused_and_cut_requests_end_and_say_so(engine: Engine) -> None:
 
 
 def test_prompts_have_their_turns_in_the_deciders_order(engine: Engine) -> None:
-    """Against vLLM's, which is first come, first served; each is longer than half of a step's rows."""
-    lengths = [40, 41, 42, 43, 44, 45, 46]
-    engine.decider.order.extend([46, 40, 45, 41, 44, 42, 43])
+    """Against vLLM's, which is first come, first served; each is longer than a step, so no two end in one."""
+    lengths = [65, 66, 67, 68, 69, 70, 71]
+    engine.decider.order.extend([71, 65, 70, 66, 69, 67, 68])
     engine.generate(prompts(engine, tuple(lengths)), [engine.free] * len(lengths), 12)
     begun: list[int] = []
     for standings in engine.decider.seen:

@@ -35,6 +35,12 @@ def test_our_settings_are_vllms_arguments() -> None:
     assert arguments(replace(CONFIG, vllm_args=("dtype=half",)))["dtype"] == "half", "given by name wins"
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_whether_kernels_are_compiled_reaches_the_model(compiles: bool) -> None:
+    given = arguments(replace(CONFIG, compile_kernels=compiles))["additional_config"]
+    assert Configuration.of(BUNDLED, given).compile_kernels == compiles
+
+
 @pytest.mark.parametrize("submodel", [None, 1])
 def test_the_scheduler_makes_the_policy_of_the_arguments(submodel: int | None) -> None:
     ladder = start.configuration(CONFIG).ladder

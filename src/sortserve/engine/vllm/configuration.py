@@ -15,7 +15,7 @@ from sortserve.engine.vllm.deciding import DeciderFactory, ceiling_decider
 
 KEY = "sortserve"
 """Of our settings in vLLM's `additional_config`."""
-_KNOWN = ("ladder", "decider", "decider_options", "stats_address")
+_KNOWN = ("ladder", "decider", "decider_options", "stats_address", "compile_kernels")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Configuration:
     decider: str = ""
     decider_options: Mapping[str, Any] = field(default_factory=dict)
     stats_address: str = ""
+    compile_kernels: bool = True
 
     @classmethod
     def of(cls, folder: Path, additional: Mapping[str, Any]) -> "Configuration":
@@ -51,6 +52,7 @@ class Configuration:
             own.get("decider", ""),
             own.get("decider_options", {}),
             own.get("stats_address", ""),
+            bool(own.get("compile_kernels", True)),
         )
 
     @classmethod

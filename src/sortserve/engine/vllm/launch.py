@@ -26,16 +26,20 @@ def engine_arguments(
     decider: str = "",
     decider_options: Mapping[str, Any] | None = None,
     stats_address: str = "",
+    compile_kernels: bool = True,
     **vllm_arguments: Any,
 ) -> dict[str, Any]:
     """Keyword arguments of vLLM's EngineArgs, AsyncEngineArgs or LLM. `cpu`: vLLM's CPU build; synchronous scheduling
-    there, asynchronous on GPUs. Raises what reading the model's configuration raises."""
+    there, asynchronous on GPUs. `compile_kernels` False: no C++ of ours is compiled at start. Raises what
+    reading the model's configuration raises."""
     family = load_model_config(folder).family
     own: dict[str, Any] = {"decider": decider, "decider_options": dict(decider_options or {})}
     if ladder_path is not None:
         own["ladder"] = str(ladder_path)
     if stats_address:
         own["stats_address"] = stats_address
+    if not compile_kernels:
+        own["compile_kernels"] = False
     scheduler = "SubmodelScheduler" if cpu else "AsyncSubmodelScheduler"
     worker = "SubmodelCPUWorker" if cpu else "SubmodelWorker"
     return {

@@ -81,6 +81,7 @@ def arguments(config: EngineConfig, ladder: Ladder, *, cpu: bool, stats_address:
         decider=FACTORY,
         decider_options=options,
         stats_address=stats_address,
+        compile_kernels=config.compile_kernels,
         **own,
     )
 

@@ -21,7 +21,7 @@ class SortedMixin:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         own = Configuration.of_vllm(vllm_config)
         self._ladder, self._dtype = own.ladder, vllm_config.model_config.dtype
-        replace_ffns(self.model, own.ladder, sort=own.sort_ffn)  # type: ignore[attr-defined]
+        replace_ffns(self.model, own.ladder, sort=own.sort_ffn, compile=own.compile_kernels)  # type: ignore[attr-defined]
 
     def forward(
         self,

@@ -25,9 +25,9 @@ CONTEXT_KEY = "sortserve_rows"
 """Of the StepRows in a forward context's `additional_kwargs`."""
 
 
-def replace_ffns(model: nn.Module, ladder: Ladder, *, sort: bool) -> None:
+def replace_ffns(model: nn.Module, ladder: Ladder, *, sort: bool, compile: bool) -> None:
     """Put a WidthMLP in the place of every layer's FFN that the ladder cuts. `sort`: neurons by importance, as a checkpoint
-    without a ladder needs. Raises StartupError where the model cannot be cut."""
+    without a ladder needs. `compile`: products in C++ may be. Raises StartupError where the model cannot be cut."""
     products = None
     for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
         if getattr(layer, "ada_rms_norm_t_cond", None) is not None:
@@ -38,7 +38,7 @@ def replace_ffns(model: nn.Module, ladder: Ladder, *, sort: bool) -> None:
         if getattr(layer.mlp.gate_up_proj, "quant_config", None) is not None:
             raise StartupError("quantized checkpoints have one width on vLLM; use a ladder of depths alone")
         if products is None and current_platform.is_cpu():
-            products = choose_products(layer.mlp.gate_up_proj.weight.dtype, int8=False)
+            products = choose_products(layer.mlp.gate_up_proj.weight.dtype, int8=False, compile=compile)
             logger.info("FFNs with widths: %s", " ".join(filter(None, (products.name, products.reason))))
         layer.mlp = WidthMLP(layer.mlp, boundaries, products, sort=sort)
 
