@@ -125,7 +125,7 @@ def test_the_defaults_stay_within_a_container(folder: Path, monkeypatch: pytest.
     pages = 40
     monkeypatch.setattr("sortserve.engine.container.free_bytes", lambda: 4 * pages * PAGE_BYTES)
     monkeypatch.setattr("sortserve.engine.container.cpus", lambda: 2.5)
-    monkeypatch.setattr("sortserve.engine.engine.SMALL_LAYER", 0)
+    monkeypatch.setattr("sortserve.engine.settling.SMALL_LAYER", 0)
     torch.set_num_threads(4)
     engine = load_engine(folder, kv_bytes=None, max_model_len=None)
     assert engine.info.kv_bytes == pages * PAGE_BYTES

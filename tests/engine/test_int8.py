@@ -78,7 +78,7 @@ def layer_parameters(shape: ModelShape) -> int:
 def test_measured_times_are_kept_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = []
 
-    def noting(about: dict[str, str], measure: object, *, use_cache: bool) -> None:
+    def noting(about: dict[str, str], *_: object, use_cache: bool) -> None:
         keys.append(about)
         raise KeyboardInterrupt
 
