@@ -13,7 +13,6 @@ from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
 from sortserve.engine.errors import StartupError
 from sortserve.engine.runner import Runner
-from sortserve.engine.submodel import ModelShape
 from sortserve.kernels.ffn import StaircaseFfn, plan_rows
 from sortserve.kernels.linear_int8 import is_exact
 from tests.engine.tiny_models import make_tiny
@@ -54,7 +53,7 @@ def test_a_share_of_the_layers_is_the_least_important_ones(folder: Path, tmp_pat
     last = frozenset(range(shape.num_layers // 2, shape.num_layers))
     assert half.info.ladder.shape.narrow_layers == last
     assert half.info.weights == f"int8 in {len(last)} of {shape.num_layers} layers, float32"
-    everything, saved = plain.info.ladder.costs[-1].weight_bytes, 0.75 * 4 * len(last) * layer_parameters(shape)
+    everything, saved = plain.info.ladder.costs[-1].weight_bytes, 0.75 * 4 * len(last) * shape.layer_parameters
     assert half.info.ladder.costs[-1].weight_bytes == everything - saved
     assert isinstance(half.runner, Runner)
     sizes = [layer.nbytes for layer in half.runner._model.weights.layers]
@@ -68,10 +67,6 @@ def test_a_share_needs_to_know_the_layers(folder: Path) -> None:
     for weights, share in (("auto", 0.5), ("int8", 0.0), ("int8", 1.5)):
         with pytest.raises(StartupError, match="weights_share"):
             load(folder, weights, weights_share=share)
-
-
-def layer_parameters(shape: ModelShape) -> int:
-    return shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width
 
 
 @needs_int8

@@ -13,6 +13,12 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+Kind = tuple[torch.dtype, bool]  # of the compiled products: the rows' dtype, and whether weights are int8
+KINDS = [
+    pytest.param((torch.bfloat16, False), id="bfloat16"),
+    pytest.param((torch.bfloat16, True), id="int8-bfloat16"),
+    pytest.param((torch.float32, True), id="int8-float32"),
+]
 ROWS = [pytest.param(rows, id=f"rows{rows}") for rows in (1, 7, 33, 129)]
 
 

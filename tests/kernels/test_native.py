@@ -8,29 +8,14 @@ import torch
 from torch import Tensor
 
 from sortserve.kernels import linear
-from sortserve.kernels.compiling import UnavailableError
 from sortserve.kernels.ffn import plan_rows
 from sortserve.kernels.ffn import reference as ffn_reference
 from sortserve.kernels.native import Native, NativeFfn, NativeLinear
 from sortserve.kernels.quantization import dequantize, quantize
-from tests.kernels.closeness import ROWS, Seeded, tolerance, worst_row_error
+from tests.kernels.closeness import KINDS, ROWS, Kind, Seeded, tolerance, worst_row_error
 
-KINDS = [
-    pytest.param((torch.bfloat16, False), id="bfloat16"),
-    pytest.param((torch.bfloat16, True), id="int8-bfloat16"),
-    pytest.param((torch.float32, True), id="int8-float32"),
-]
 SIZES = [pytest.param(*size, id=f"{size[0]}to{size[1]}") for size in ((1, 5), (48, 33), (129, 257), (300, 64))]
 HIDDEN, WIDTH = 45, 97
-Kind = tuple[torch.dtype, bool]
-
-
-@pytest.fixture(scope="session")
-def native(own_cache: None) -> Native:
-    try:
-        return Native()
-    except UnavailableError as error:
-        pytest.skip(f"no compiled products here: {error}")
 
 
 def allowed(kind: Kind, *, roundings: float, terms: int, inputs: int = 1) -> float:

@@ -11,31 +11,16 @@ import torch
 from torch import Tensor
 
 from sortserve.kernels import attention, linear, norm
-from sortserve.kernels.compiling import UnavailableError
 from sortserve.kernels.ffn import reference as ffn_reference
 from sortserve.kernels.native import Native, NativeFfn, NativeLinear
 from sortserve.kernels.native_layers import LayersShape, NativeLayers
 from sortserve.kernels.norm import RmsNorm
 from sortserve.kernels.quantization import dequantize, quantize
-from tests.kernels.closeness import UNIT_ROUNDOFF, Seeded, worst_row_error
+from tests.kernels.closeness import KINDS, UNIT_ROUNDOFF, Kind, Seeded, worst_row_error
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, SIZE = 45, 97, 6, 2, 20
 BLOCK, PAGE_LAYERS, CONTEXT, EPS = 3, 2, 41, 1e-6
 LAYERS, FIRST = 4, 1  # of five in all
-KINDS = [
-    pytest.param((torch.bfloat16, False), id="bfloat16"),
-    pytest.param((torch.bfloat16, True), id="int8-bfloat16"),
-    pytest.param((torch.float32, True), id="int8-float32"),
-]
-Kind = tuple[torch.dtype, bool]
-
-
-@pytest.fixture(scope="session")
-def native(own_cache: None) -> Native:
-    try:
-        return Native()
-    except UnavailableError as error:
-        pytest.skip(f"no compiled products here: {error}")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Policy, View
+from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Policy, View, wants_confidence
 from sortserve.engine.rungs import Ints
 from sortserve.engine.table import RequestTable
 
@@ -45,7 +45,7 @@ class Decider:
     @property
     def wants_confidence(self) -> bool:
         """Whether the policy looks at how sure each token was."""
-        return getattr(self.policy, "wants_confidence", False)
+        return wants_confidence(self.policy)
 
     @property
     def must_ask(self) -> bool:
@@ -66,7 +66,7 @@ class Decider:
     @property
     def _asks_each_step(self) -> bool:
         # signals of the last token are for the next one
-        return self.ask_every == 1 or bool(getattr(self.policy, "wants_confidence", False))
+        return self.ask_every == 1 or self.wants_confidence
 
     def step_ran(self) -> None:
         """One more step by the last answer."""

@@ -28,8 +28,8 @@ MOST_INNER = 64
 
 def inner_width(shape: ModelShape, num_exits: int) -> int:
     """The most inner units that `MOST_SHARE` leaves, at most `MOST_INNER`; at least one."""
-    layer = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width
-    return max(1, min(MOST_INNER, int((MOST_SHARE * layer - num_exits) / (2 * shape.hidden_size + num_exits + 1))))
+    most = MOST_SHARE * shape.layer_parameters
+    return max(1, min(MOST_INNER, int((most - num_exits) / (2 * shape.hidden_size + num_exits + 1))))
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ class DepthHead:
 
     def layer_share(self, shape: ModelShape) -> float:
         """Weights that a row reads here over those of a layer; multiply-adds are in the same proportion."""
-        layer = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width
-        return float(sum(tensor[0].numel() for tensor in vars(self).values()) / layer)
+        return float(sum(tensor[0].numel() for tensor in vars(self).values()) / shape.layer_parameters)
 
     def logits(self, exit: int, normed: Tensor, drawn: Tensor) -> Tensor:
         """Logits of the hazards [rows, exits - 1], from states of one exit and the drawn tokens' embeddings, both

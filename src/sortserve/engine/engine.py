@@ -194,7 +194,7 @@ class Engine:
             max_running=config.max_running,
             max_step_tokens=config.max_step_tokens,
             max_model_len=self.info.max_model_len,
-            confidence=getattr(scheduler.policy, "wants_confidence", False),
+            confidence=scheduler.decider.wants_confidence,
         )
         about = {
             "model": config.model_name,

@@ -65,8 +65,7 @@ def settle(config: EngineConfig, model: ModelConfig) -> Settled:
         raise StartupError(str(error), param="device") from error
     if dispatch.reason:
         logger.info("no GPU is used: %s", dispatch.reason)
-    shape = model.shape
-    is_small = shape.attention_parameters + 3 * shape.hidden_size * shape.ffn_width < SMALL_LAYER
+    is_small = model.shape.layer_parameters < SMALL_LAYER
     num_threads = config.num_threads or (1 if is_small else most_threads())
     torch.set_num_threads(num_threads)
     name = config.dtype

@@ -52,6 +52,11 @@ class ModelShape:
         return self.hidden_size * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
 
     @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer at full width."""
+        return self.attention_parameters + 3 * self.hidden_size * self.ffn_width
+
+    @property
     def head_parameters(self) -> int:
         """Weights of the LM head."""
         return self.hidden_size * self.vocab_size

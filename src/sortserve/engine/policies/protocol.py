@@ -108,3 +108,9 @@ class Policy(Protocol):
     def decide(self, view: View) -> Decision:
         """See Decision."""
         ...
+
+
+def wants_confidence(policy: Policy) -> bool:
+    """Whether it looks at how sure each token was, and so is asked at each step; a policy says so by an attribute of that
+    name."""
+    return bool(getattr(policy, "wants_confidence", False))

@@ -12,7 +12,7 @@ import numpy as np
 
 from sortserve.engine.cost import StepCost, StepShape, with_signals
 from sortserve.engine.foretelling import Foreteller
-from sortserve.engine.policies.protocol import NEVER_RAN, Decision, Policy, Reason, View
+from sortserve.engine.policies.protocol import NEVER_RAN, Decision, Policy, Reason, View, wants_confidence
 from sortserve.engine.rungs import Floats, Ints, Rungs
 from sortserve.engine.simulator.live import Live
 from sortserve.engine.simulator.memory import KVSizes, Memory
@@ -69,7 +69,8 @@ class Replica:
     """Serves what is submitted to it. `advance` until a time, `submit`, and so on; `records` has what came of it."""
 
     def __init__(self, config: ReplicaConfig, policy: Policy, workload: Workload, records: Records) -> None:
-        if getattr(policy, "wants_confidence", False):  # asked at each step, and its signals cost something
+        self._wants_confidence = wants_confidence(policy)
+        if self._wants_confidence:  # asked at each step, and its signals cost something
             config = replace(config, cost=with_signals(config.cost), ask_every=1)
         rungs = config.rungs
         self.now = 0.0
@@ -84,7 +85,6 @@ class Replica:
         self._asked_at = 0.0
         self._log = hashlib.blake2b(digest_size=16)
         self._noise = np.exp(config.noise * np.random.default_rng(config.noise_seed).standard_normal(NOISE_STEPS))
-        self._wants_confidence = getattr(policy, "wants_confidence", False)
         self._confidence = np.random.default_rng(1).random(NOISE_STEPS) ** 0.35
         self._stalls = sorted(config.stalls)
         self._foreteller = Foreteller()
