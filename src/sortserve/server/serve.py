@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from sortserve.engine.config import EngineConfig, load_model_config
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.connection import COMMAND, VLLM_COMMAND
 from sortserve.engine.errors import StartupError
 from sortserve.engine.logs import configure_logging
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
 from sortserve.engine.time_slices import ask_for_short_slices
