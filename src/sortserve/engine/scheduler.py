@@ -5,11 +5,12 @@ There is no prefill or decode phase: every request has tokens known and tokens c
 still runs. No torch here.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
 from sortserve.engine import ahead
+from sortserve.engine.acceptance import Acceptance
 from sortserve.engine.admission import Limits, Load, check_request, check_strict, resolve_terms
 from sortserve.engine.assembly import Assembly
 from sortserve.engine.booking import Books
@@ -17,7 +18,6 @@ from sortserve.engine.cost import CostTable, StepCost
 from sortserve.engine.deciding import ASK_EVERY, Decider
 from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError, RequestError
 from sortserve.engine.forecast import Forecast, first_place
-from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
@@ -35,7 +35,7 @@ from sortserve.engine.protocol import (
     Prediction,
 )
 from sortserve.engine.request import Request, owner_of
-from sortserve.engine.rungs import Ints, Rungs
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.step import fill, in_order, rows_of
 from sortserve.engine.table import RequestTable
@@ -80,7 +80,7 @@ class Scheduler:
         self._books = Books(ladder, self._tally, self._lengths, eos_token_ids)
         self._table = RequestTable(self.rungs, kv, self.settings)
         self.decider = Decider(policy, self._table, ask_every)
-        self._foreteller = Foreteller()
+        self._acceptance = Acceptance(ladder, self._tally)
         self._cutting: dict[str, Request] = {}  # with the budget policy `cut` and a total
         self._assembly = Assembly(
             self.requests, self._planner, self.settings, self.rungs, ladder, self._tally, max_running
@@ -212,8 +212,7 @@ class Scheduler:
     def _ask(self, now: float, coming: Collection[str] = ()) -> None:
         """A new answer of the policy; `coming`: who gets a token until it counts. Refusals are told with the next plan."""
         requests = list(self._table.requests)
-        step_seconds = getattr(self.cost, "last_seconds", 0.0)
-        changed, refused = self.decider.ask(lambda: self._view(now, coming), step_seconds)
+        changed, refused = self.decider.ask(lambda: self._view(now, coming))
         self._refused += [requests[row] for row in refused.tolist()]
         if changed:
             self._repeatable = []
@@ -228,7 +227,7 @@ class Scheduler:
             FEATURES,
             max(1, self.decider.steps),
             coming,
-            self._foreteller.traffic,
+            self._acceptance.traffic,
         )
 
     def _repeated(self) -> list[SequencePlan] | None:
@@ -259,7 +258,8 @@ class Scheduler:
         parts = self._assembly.rows(requests, self._before, view, order, place, reasons, wanted)
         begun = [part for part in parts if self.requests[part.request_id].first_row is None]
         if begun:
-            self._accept(begun, requests, view, place, now)
+            chunk_tokens, measured = self.decider.chunk_tokens, self.cost is not None
+            self._pending += self._acceptance.begin(begun, requests, view, place, chunk_tokens, measured=measured)
         singles = all(part.spans[-1].stop - part.spans[0].start == 1 for part in parts)
         self._repeatable = []
         if singles and not self._assembly.memory_short:
@@ -268,43 +268,10 @@ class Scheduler:
             self.decider.note()
         return parts
 
-    # ---- what is told before a step ran
+    # ---- ends before a step ran
 
     def _forecast(self) -> Forecast:
         return Forecast.of(self.requests.values(), self.rungs, self.cost, self._max_step_tokens)
-
-    def _accept(
-        self, begun: Sequence[SequencePlan], requests: Sequence[Request], view: View, place: Ints, now: float
-    ) -> None:
-        """Tell requests that run for the first time what they start with. All the K/V they have then were cached."""
-        first, last = self._foreteller.foretell(view, place, self.decider.chunk_tokens)
-        factor = self._foreteller.factor
-        rows = {request.id: row for row, request in enumerate(requests)}
-        for part in begun:
-            request, row = self.requests[part.request_id], rows[part.request_id]
-            request.first_row = now
-            if request.asked.sampling.prompt_logprobs is None:
-                request.cached_tokens = part.watermark[0]
-                self._tally.prefix_queries += request.num_prompt
-                self._tally.prefix_hits += request.cached_tokens
-            self._foreteller.traffic.note(now, request.num_prompt - request.cached_tokens)
-            predicted, met = None, True
-            if request.asked.budget is not None and self.cost is not None:
-                request.foretold = float(last[row])
-                ends = now + request.foretold * factor
-                arrival, expected = request.asked.arrival, request.num_output + int(view.expected_left[row])
-                predicted = ends - arrival
-                met = request.asked.budget.met(arrival, now + float(first[row]) * factor, ends, expected)
-            self._pending.append(
-                AcceptedEvent(
-                    request.id,
-                    self.ladder.entries[request.submodel].id,
-                    predicted,
-                    met,
-                    now - request.asked.arrival,
-                    request.cached_tokens,
-                )
-            )
 
     def _overdue(self, now: float) -> list[Request]:
         """Budget policy `cut`: those for whom one more step, of the shape that runs now, would come too late."""
@@ -362,8 +329,8 @@ class Scheduler:
         return events
 
     def _finish(self, request: Request, reason: FinishReason, now: float) -> FinishedEvent:
-        if request.foretold is not None and request.first_row is not None and reason != "abort" and not request.cut:
-            self._foreteller.ended(request.foretold, now - request.first_row)
+        if reason != "abort" and not request.cut:
+            self._acceptance.ended(request, now)
         self._end(request)
         return FinishedEvent(request.id, reason, request.summary(self.ladder, now))
 
