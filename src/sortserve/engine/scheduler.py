@@ -85,11 +85,8 @@ class Scheduler:
         self._assembly = Assembly(
             self.requests, self._planner, self.settings, self.rungs, ladder, self._tally, max_running
         )
-        self._before: dict[str, SequencePlan] = {}  # the last step's parts
-        self._repeatable: list[tuple[Request, int]] = []  # its rows and their places, if the next step may be its like
         self._booked = 0  # number of the last step that `beside` was called for
         self._refused: list[Request] = []
-        self._ended = False  # whether somebody did since `_repeatable` was looked through
         self._pending: list[Event] = []
 
     @property
@@ -183,7 +180,7 @@ class Scheduler:
         if not parts:
             self.decider.note(urgent=True)
             return None
-        self._before = {part.request_id: part for part in parts}
+        self._assembly.runs(parts)
         self._tally.steps += 1
         self.decider.step_ran()
         return Plan(self._tally.steps, tuple(parts), self.decider.wants_confidence)
@@ -215,7 +212,7 @@ class Scheduler:
         changed, refused = self.decider.ask(lambda: self._view(now, coming))
         self._refused += [requests[row] for row in refused.tolist()]
         if changed:
-            self._repeatable = []
+            self._assembly.repeat_no_more()
 
     def _view(self, now: float, coming: Collection[str] = ()) -> View:
         return self._table.view(
@@ -231,22 +228,7 @@ class Scheduler:
         )
 
     def _repeated(self) -> list[SequencePlan] | None:
-        """The last step's rows, each a token further, if all of them can go on so and nobody else could join them; None if
-        the step has to be planned anew. What was reserved for it until then is found there."""
-        rows, count = self._repeatable, len(self._table)
-        if self._ended:
-            rows = self._repeatable = [pair for pair in rows if not pair[0].left]
-            self._ended = False
-        sitting_out = int((self._table.decided[:count] < 0).sum())
-        if not rows or (len(rows) + sitting_out < count and len(rows) < self._max_running):
-            return None
-        parts = []
-        for request, place in rows:
-            part = self._assembly.again(request, self._before.get(request.id), place)
-            if part is None:
-                return None
-            parts.append(part)
-        return parts
+        return self._assembly.repeated(int((self._table.decided[: len(self._table)] >= 0).sum()))
 
     def _plan_anew(self, now: float) -> list[SequencePlan]:
         requests, view = list(self._table.requests), self._view(now)
@@ -255,16 +237,12 @@ class Scheduler:
         have, start, stop = fill(view, place, self.decider.chunk_tokens)
         wanted = rows_of(view, runnable, have, start, stop) @ self.rungs.layers  # rows x layers
         order = in_order(view, place, start)
-        parts = self._assembly.rows(requests, self._before, view, order, place, reasons, wanted)
+        parts = self._assembly.rows(requests, view, order, place, reasons, wanted)
         begun = [part for part in parts if self.requests[part.request_id].first_row is None]
         if begun:
             chunk_tokens, measured = self.decider.chunk_tokens, self.cost is not None
             self._pending += self._acceptance.begin(begun, requests, view, place, chunk_tokens, measured=measured)
-        singles = all(part.spans[-1].stop - part.spans[0].start == 1 for part in parts)
-        self._repeatable = []
-        if singles and not self._assembly.memory_short:
-            self._repeatable = [(self.requests[part.request_id], part.submodel) for part in parts]
-        else:  # a prompt goes on, or memory was short: who waits for it may change with every chunk
+        if not self._assembly.may_repeat:
             self.decider.note()
         return parts
 
@@ -348,7 +326,6 @@ class Scheduler:
         request.running = False
         self._cutting.pop(request.id, None)
         self._table.remove(request)
-        self._ended = True
         self.decider.note()
         self.kv.free(request.kv)
 
