@@ -18,7 +18,7 @@ import pytest
 
 from sortserve.engine.errors import StartupError
 from sortserve.engine.vllm import compat
-from sortserve.server import cli
+from sortserve.server import cli, flags
 from sortserve.server.serve import engine_config
 from tests.server.fake_backend import byte_tokenizer
 
@@ -84,13 +84,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     [("512MiB", 512 * 2**20), ("2GiB", 2**31), ("1.5 gb", 1_500_000_000), ("100", 100), ("7B", 7), ("1k", 1000)],
 )
 def test_sizes(text: str, num_bytes: int) -> None:
-    assert cli.size(text) == num_bytes
+    assert flags.size(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "0", "1XiB", "1 i", "nan", "1e3"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.size(text)
+        flags.size(text)
 
 
 @pytest.mark.parametrize(
