@@ -7,11 +7,13 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 from sortserve.engine.errors import SortServeError
 from sortserve.engine.logs import LOG_FORMATS
+from sortserve.engine.policies.registry import POLICY_NAMES
+from sortserve.server.keys import can_be_sent
 
-POLICIES = ("slack", "fixed", "reject-only", "global-cap", "admission-only", "slackfit", "confidence")
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -50,6 +52,18 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be seconds, 0 or more")
     return seconds
+
+
+def _pause(text: str) -> float:
+    if (seconds := _seconds(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be seconds, more than 0")
+    return seconds
+
+
+def _api_key(text: str) -> str:
+    if not can_be_sent(text):  # it is not told: standard error is often kept
+        raise argparse.ArgumentTypeError("a key must be printable ASCII without spaces, and not empty")
+    return text
 
 
 def _port(text: str) -> int:
@@ -115,6 +129,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def model_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `EngineConfig` from the flags of `add_model`."""
+    return {
+        "device": args.device,
+        "dtype": args.dtype,
+        "enforce_eager": args.enforce_eager,
+        "weights": args.weights,
+        "weights_share": args.weights_share,
+        "kv_dtype": args.kv_dtype,
+        "num_threads": args.threads,
+        "max_model_len": args.max_model_len,
+        "kv_bytes": args.kv_memory,
+        "ladder_path": args.ladder,
+    }
+
+
 def add_serve(serve: argparse.ArgumentParser) -> None:
     """What `serve` takes."""
     add_model(serve)
@@ -122,7 +152,14 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all; default: 127.0.0.1")
     add("--port", type=_port, default=8000, help="default: 8000; 0 takes a free one")
     add("--served-model-name", default="", metavar="NAME", help="`model` in the API; default: the folder's name")
-    add("--api-key", action="append", default=[], metavar="KEY", help="may repeat; without one everybody may ask")
+    add(
+        "--api-key",
+        type=_api_key,
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="may repeat; without one everybody may ask",
+    )
     add(
         "--keys-file",
         type=Path,
@@ -133,8 +170,8 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
     add(
         "--policy",
         default="slack",
-        choices=POLICIES,
-        help="how sub-models are chosen (docs/policies.md); default: slack",
+        choices=POLICY_NAMES,
+        help="how sub-models are chosen (docs/policy.md); default: slack",
     )
     add("--fixed-submodel", metavar="ID", help="what `auto` requests run under --policy fixed")
     add("--max-batch-tokens", type=positive, default=256, help="rows of one step; default: 256")
@@ -183,7 +220,7 @@ def add_serve(serve: argparse.ArgumentParser) -> None:
     add("--shutdown-timeout", type=_seconds, default=55.0, help="seconds to finish in on SIGTERM; default: 55")
     add(
         "--engine-timeout",
-        type=_seconds,
+        type=_pause,
         default=60.0,
         help="seconds without the end of a step after which the engine is replaced; default: 60",
     )
