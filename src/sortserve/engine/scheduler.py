@@ -269,7 +269,7 @@ class Scheduler:
         """Strict requests that the policy gave up, unless they are gone: for now, their clients may come back."""
         refused, self._refused = self._refused, []
         for request in refused:
-            if request.id in self.requests and request.submodel == NEVER_RAN:
+            if self.requests.get(request.id) is request and request.submodel == NEVER_RAN:
                 self._refuse(request)
 
     def _refuse(self, request: Request) -> None:
