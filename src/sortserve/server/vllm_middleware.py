@@ -106,7 +106,7 @@ class LatencyBudgets:
         """Raises SortServeError for what our headers, fields or arguments say wrong; other mistakes are vLLM's to tell."""
         try:
             body = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return content
         if not isinstance(body, dict):
             return content
