@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from benchmarks.provenance import commit
-from sortserve.engine.config import EngineConfig, load_model_config
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.policies.protocol import SITS_OUT, Decision, Reason, View
 from sortserve.engine.protocol import GenerateRequest, KVMode
 from sortserve.engine.request import Request

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import CONTEXT, Bandwidth, Driver, alternate, median, paired_ratio, report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 
 ROUNDS = 40

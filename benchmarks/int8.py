@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import CONTEXT, Driver, alternate, median, paired_ratio, report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 
 ROUNDS = 40
 TARGET = 1.6  # times our own bfloat16 at batch 1

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.common import CONTEXT, Driver, alternate, grid_ladder, median, report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.runner import Runner
 from sortserve.engine.submodel import SubModel
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.common import CONTEXT, Bandwidth, Driver, alternate, grid_ladder, median, report
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 
 ROUNDS = 60
 MAX_TOKENS = ROUNDS + 8

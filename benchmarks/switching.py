@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.common import CONTEXT, Driver, alternate, grid_ladder, median, paired_ratio, report
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 
 BATCH = 8
 ROUNDS = 60

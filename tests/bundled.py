@@ -1,7 +1,7 @@
 """The bundled model's ladder, so that tests name its sub-models by what they are and outlive the model."""
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.server.cli import BUNDLED
 
 CONFIG = load_model_config(BUNDLED)

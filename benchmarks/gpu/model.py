@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.checkpoint import DummyCheckpoint
-from sortserve.engine.config import ModelConfig, RopeConfig
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.weights import load_device_weights
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import ModelConfig, RopeConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SampleSpec, SequencePlan, Span
 from sortserve.engine.sampling import SamplingParams

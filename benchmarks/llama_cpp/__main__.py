@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import CONTEXT, DEFAULT_MODEL, Driver, alternate, median, paired_ratio, report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 
 ROUNDS = {1: 40, 8: 25, 32: 15}  # by batch
 REST_SECONDS = 0.02

@@ -10,8 +10,8 @@ from benchmarks.slo import capacity as measured
 from benchmarks.slo import figures, load
 from benchmarks.slo.serving import Served, Settings, started
 from benchmarks.slo.simulated import Slowness, foretold, replica, slowness
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
 
 _SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has

@@ -17,7 +17,7 @@ from sortserve.engine.simulator.replica import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.summary import summarize
 from sortserve.engine.simulator.traces import Trace, Workload
-from sortserve.server.cli import size
+from sortserve.server.flags import size
 
 _ROUNDS = 4  # to find two numbers that hardly depend on each other
 _REQUESTS = 400  # of a simulated closed loop

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.server.cli import BUNDLED
 
 

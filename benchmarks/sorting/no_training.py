@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from benchmarks.common import DEFAULT_MODEL, report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.llm import LLM
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.sampling import SamplingParams
 from sortserve.sorting import untrained
 

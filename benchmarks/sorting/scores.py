@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.common import report
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.ladder_file import Figures, Score
+from sortserve.engine.model_config import load_model_config
 from sortserve.sorting.quality import DEGRADED_UNDER
 
 

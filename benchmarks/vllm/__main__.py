@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.common import DEFAULT_MODEL, RESULTS, alternate, machine, median, module_command, paired_ratio
 from benchmarks.provenance import commit
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from sortserve.engine.vllm.launch import engine_arguments
 

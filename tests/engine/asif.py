@@ -21,9 +21,9 @@ from torch import Tensor
 from sortserve.engine.admission import Limits
 from sortserve.engine.budget import Budget
 from sortserve.engine.checkpoint import Checkpoint
-from sortserve.engine.config import ModelConfig, load_model_config
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import ModelConfig, load_model_config
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult, StepRunner
 from sortserve.engine.protocol import Event, FinishedEvent, GenerateRequest

@@ -1,6 +1,7 @@
 """A small ladder and a runner without torch, for the tests of the bookkeeping and the scheduler."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Entry, Ladder, Quality
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import PENDING, Plan, SequencePlan, SequenceResult, StepResult
-from sortserve.engine.policies.protocol import SITS_OUT, Decision, Reason, View
+from sortserve.engine.policies.fixed import FixedPolicy
+from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Reason, View
 from sortserve.engine.protocol import TokenLogprob
 from sortserve.engine.request import Request
 from sortserve.engine.rungs import Rungs
@@ -98,6 +100,13 @@ class WantedPolicy:
         place = np.where(place == SITS_OUT, SITS_OUT, np.clip(place, view.floor, view.ceiling))
         reason = np.full(len(view), int(Reason.FIXED))
         return Decision(place, reason, np.zeros(len(view), np.bool_), view.step_tokens)
+
+
+class RefusesStrict(FixedPolicy):
+    """Gives up every strict request before it runs."""
+
+    def decide(self, view: View) -> Decision:
+        return replace(super().decide(view), refuse=view.strict & (view.place == NEVER_RAN))
 
 
 class FakeRunner:

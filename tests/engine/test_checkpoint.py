@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sortserve.engine.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, DummyCheckpoint, ModelNames
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import ModelFolderError
+from sortserve.engine.model_config import load_model_config
 from tests.engine.tiny_models import FAMILIES, edit_json, make_tiny
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sortserve.engine.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import ModelFolderError, RequestError
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.text import Tokenizer
 from tests.engine.tiny_models import edit_json, make_tiny
 from tests.server.fake_backend import byte_tokenizer

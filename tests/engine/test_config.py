@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sortserve.engine.config import EngineConfig, ModelConfig, RopeConfig, load_model_config
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.errors import ModelFolderError, StartupError
+from sortserve.engine.model_config import ModelConfig, RopeConfig, load_model_config
 
 # As Meta publishes it (transformers 4 style).
 LLAMA_3_1: dict[str, Any] = {

@@ -21,6 +21,7 @@ from sortserve.engine.engine import Engine
 from sortserve.engine.errors import (
     MemoryBudgetError,
     NotFoundError,
+    OverloadedError,
     RequestError,
     StartupError,
 )
@@ -40,6 +41,7 @@ from sortserve.engine.text import Tokenizer
 from sortserve.server.cli import BUNDLED
 from tests.bundled import ABOVE_MIDDLE, FLOOR, FULL, MIDDLE
 from tests.engine.drive import ask, greedy, load_engine, run
+from tests.engine.small import RefusesStrict
 from tests.engine.tiny_models import make_tiny
 
 PAGE_BYTES = 2 * 6 * 16 * 2 * 8 * 4  # K and V, layers, tokens, key/value heads, head_dim, float32
@@ -370,6 +372,18 @@ def test_llm_refuses_all_or_nothing(llm: LLM) -> None:
         llm.generate(["fine"], greedy(4, ignore_eos=True), budget=Budget(total_ms=0.001, policy="strict"))
     assert not llm.engine.scheduler.has_work
     assert llm.engine.scheduler.stats().kv_pages_used == 0
+
+
+def test_llm_tells_what_a_policy_refused(llm: LLM) -> None:
+    """It was told as a mistake of the request, which it is not: the same one may be served later."""
+    scheduler = llm.engine.scheduler
+    before, scheduler.policy = scheduler.policy, RefusesStrict(0)
+    try:
+        with pytest.raises(OverloadedError, match="cannot be kept"):
+            llm.generate(["fine"], greedy(4), budget=Budget(total_ms=600_000.0, policy="strict"))
+    finally:
+        scheduler.policy = before
+    assert not scheduler.has_work
 
 
 def test_llm_keeps_the_first_space() -> None:

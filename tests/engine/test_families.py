@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sortserve.engine.checkpoint import Checkpoint
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.llm import LLM
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from sortserve.engine.weights import importance_order
 from tests.engine.drive import ask, greedy, last_logits, load_engine, run

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from sortserve.engine.config import RopeConfig, load_model_config
+from sortserve.engine.model_config import RopeConfig, load_model_config
 from sortserve.engine.rope import inverse_frequencies, rope_table
 from tests.engine.tiny_models import ROPE_VARIANTS
 

@@ -51,6 +51,7 @@ from tests.engine.small import (
     LADDER,
     SHAPE,
     FakeRunner,
+    RefusesStrict,
     WantedPolicy,
     canned_token,
     step_cost,
@@ -399,6 +400,28 @@ def test_the_context_may_be_filled() -> None:
     name = drive.submit(20, 4)
     drive.run()
     assert len(drive.tokens(name)) == 4
+
+
+def test_who_was_refused_and_left_takes_nobody_along() -> None:
+    """Another request may have the id of one that was given up and aborted before it was told; it was ended instead."""
+    drive = Drive(policy=RefusesStrict(LADDER.full), ask_every=8)
+    scheduler = drive.scheduler
+    first = drive.submit(2, 8)
+    plan = scheduler.schedule(drive.now)
+    assert plan is not None
+
+    def asked(budget: Budget | None) -> GenerateRequest:
+        return GenerateRequest("again", (1, 2), SamplingParams(max_tokens=4), drive.now, budget)
+
+    scheduler.add(asked(Budget(total_ms=600_000.0, policy="strict")))
+    scheduler.beside(plan, drive.now)  # asks the policy, which refuses it
+    assert scheduler.abort("again", drive.now) is not None
+    scheduler.add(asked(None))
+    scheduler.schedule(drive.now)
+    assert set(scheduler.requests) == {first, "again"}
+    for request_id in (first, "again"):
+        scheduler.abort(request_id, drive.now)
+    scheduler.check_integrity()
 
 
 def test_a_full_queue_refuses() -> None:

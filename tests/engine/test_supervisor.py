@@ -443,6 +443,19 @@ async def test_a_process_that_cannot_be_started_again(
         assert (await heard(backend, ask("next", tokens(1, 5), greedy(3))))[1] is None
 
 
+async def test_the_users_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is set for the engine's libraries is a default; it replaced what a user had tuned."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    told = tmp_path / "told"
+    code = f"import os; open({str(told)!r}, 'w').write(os.environ['GOMP_SPINCOUNT'] + os.environ['LRU_CACHE_CAPACITY'])"
+    with zmq.Context() as context:
+        engine = await EngineConnection.spawn(context, f"ipc://{tmp_path}/e", None, (sys.executable, "-c", code))
+        await engine._process.wait()
+        await engine.kill("the test is over")
+    assert told.read_text() == "7128"
+
+
 async def test_an_engine_that_never_comes_back(folder: Path, control: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some tries it is given up, which `alive` tells."""
     monkeypatch.setattr(supervisor, "_PAUSES", (0.0,))

@@ -61,6 +61,15 @@ async def test_chat(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     assert backend.requests[1].sampling.max_tokens == 3
 
 
+async def test_usage_counts_a_prompt_once(client: httpx.AsyncClient) -> None:
+    """Three answers to a prompt of three tokens, two of them cached, were told as six cached of three."""
+    usage = (await complete(client, n=3, prompt="say", max_tokens=2))["usage"]
+    assert usage["prompt_tokens"] == 3
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 2
+    usage = (await complete(client, n=2, prompt=["say", "say"], max_tokens=2))["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 4
+
+
 async def test_told(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     backend.submodels = ("d4", "d4", "d2")
     told = (await complete(client, max_tokens=6))["sortserve"]

@@ -16,9 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sortserve.engine import llm
 from sortserve.engine.errors import StartupError
 from sortserve.engine.vllm import compat
-from sortserve.server import cli
+from sortserve.server import cli, offline
+from sortserve.server.flags import size
 from sortserve.server.serve import engine_config
 from tests.server.fake_backend import byte_tokenizer
 
@@ -84,13 +86,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     [("512MiB", 512 * 2**20), ("2GiB", 2**31), ("1.5 gb", 1_500_000_000), ("100", 100), ("7B", 7), ("1k", 1000)],
 )
 def test_sizes(text: str, num_bytes: int) -> None:
-    assert cli.size(text) == num_bytes
+    assert size(text) == num_bytes
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "0", "1XiB", "1 i", "nan", "1e3"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.size(text)
+        size(text)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,9 @@ def test_bad_sizes(text: str) -> None:
         ["--default-latency-budget-ms", "0"],
         ["--shutdown-timeout", "nan"],
         ["--max-queue", "0"],
+        ["--engine-timeout", "0"],
+        ["--api-key", ""],
+        ["--api-key", "two words"],
         ["--max-body", "lots"],
         ["--log-format", "xml"],
         ["--metrics-compat", "tgi"],
@@ -130,6 +135,35 @@ def test_flags_reach_the_engine(tmp_path: Path) -> None:
     assert (config.device, config.dtype, config.max_model_len, config.kv_bytes) == ("cpu", "float32", 99, 2**20)
     assert (config.max_step_tokens, config.max_waiting, config.num_threads) == (7, 3, 2)
     assert (config.policy, config.fixed_submodel, config.prefix_cache) == ("fixed", "d2", False)
+
+
+def test_flags_reach_a_model_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--enforce-eager` did not: what loads a model was listed twice."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr(llm, "LLM", lambda folder, **settings: given.update(settings))
+    line = "--enforce-eager --dtype float32 --weights int8 --weights-share 0.5 --kv-dtype fp8 --max-model-len 99"
+    for command in ("generate --prompt x", "bench"):
+        given.clear()
+        args = cli.make_parser().parse_args([*command.split(), *line.split()])
+        offline._load(Path("m"), args)
+        served = cli.make_parser().parse_args(["serve", "m", *line.split()])
+        config = engine_config(Path("m"), served)
+        assert given["enforce_eager"] is True
+        assert given == {name: getattr(config, name) for name in given}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--fixed-submodel", "d2"], "--fixed-submodel is for --policy fixed, --policy is slack"),
+        (["--vllm-arg", "seed=3"], "seed=3 is for --backend vllm, --backend is native"),
+        (["--backend", "simulated", "--tensor-parallel-size", "2"], "tensor_parallel_size=2 is for --backend vllm"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags: list[str], told: str) -> None:
+    args = cli.make_parser().parse_args(["serve", "m", *flags])
+    with pytest.raises(StartupError, match=told):
+        engine_config(args.model, args)
 
 
 def test_flags_reach_vllm(tmp_path: Path) -> None:

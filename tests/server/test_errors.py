@@ -17,7 +17,7 @@ from sortserve.engine.errors import (
     StartupError,
 )
 from sortserve.engine.protocol import FailedEvent
-from sortserve.server.errors import error_of_event, error_response
+from sortserve.server.errors import error_response
 from sortserve.server.schemas import ChatCompletionRequest, CompletionRequest
 from sortserve.server.state import ServerOptions
 from tests.server.fake_backend import MAX_MODEL_LEN, FakeBackend, open_client, state_of
@@ -44,7 +44,7 @@ def classes(kind: type[SortServeError] = SortServeError) -> list[type[SortServeE
 
 @pytest.mark.parametrize("kind", classes())
 def test_every_class_crosses_the_engine_boundary(kind: type[SortServeError]) -> None:
-    error = error_of_event(FailedEvent("r", kind.__name__, "why", "field"))
+    error = FailedEvent("r", kind.__name__, "why", "field").as_error()
     assert type(error) is kind
     response = error_response(error)
     assert response.status_code == kind.status
@@ -55,7 +55,7 @@ def test_every_class_crosses_the_engine_boundary(kind: type[SortServeError]) -> 
 
 
 def test_unknown_class_is_our_bug() -> None:
-    assert error_of_event(FailedEvent("r", "ValueError", "why")).status == 500
+    assert FailedEvent("r", "ValueError", "why").as_error().status == 500
 
 
 async def refusal(error: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -200,6 +200,7 @@ async def test_bad_fields_are_named(
         ({"messages": [{"content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"echo": True}, "echo"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
@@ -210,7 +211,9 @@ async def test_bad_fields_are_named(
 )
 async def test_bad_chat_fields(client: httpx.AsyncClient, change: dict[str, Any], param: str) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], **change}
-    answer = await client.post("/v1/chat/completions", json=body)
+    answer = await client.post(
+        "/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 400
     assert error_in(answer)["param"] == param
 

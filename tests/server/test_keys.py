@@ -208,11 +208,15 @@ async def test_key_in_both_has_bounds(path: Path) -> None:
 
 
 async def test_unknown_floor_fails_the_start(path: Path) -> None:
+    """And the engine that was loaded by then is ended: it was left to run."""
     path.write_text(KEYS.replace("d4-w50", "d3"))
-    async with open_client(FakeBackend(), ServerOptions(keys_file=path)) as client:
+    backend = FakeBackend()
+    async with open_client(backend, ServerOptions(keys_file=path)) as client:
         failure = state_of(client).failure
         assert isinstance(failure, KeysFileError)
         assert "keys[0] (batch): floor: no sub-model 'd3'; this ladder has: d2, d4-w50, d4" in failure.message
+        assert not backend.drained
+    assert len(backend.drained) == 1
 
 
 # --- rates

@@ -1,6 +1,7 @@
 """`response_format` and `tools` over HTTP: what reaches the engine, what is refused, and what the answers look like."""
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.protocol import FailedEvent
+from sortserve.engine.text import Tokenizer
 from sortserve.server.app import create_app
 from tests.server.fake_backend import EOS, TEMPLATE, FakeBackend, byte_tokenizer, open_client, served
 
@@ -232,6 +234,25 @@ async def test_the_template_sees_tools_and_calls(chat: httpx.AsyncClient, backen
     ]
     await post(chat, messages=messages, tools=[WEATHER], tool_choice="none")
     assert "<tool_call>" not in bytes(backend.requests[1].prompt).decode()
+
+
+async def test_long_calls_are_rendered_in_a_thread(
+    chat: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the content was counted: calls of 4 MiB were rendered and tokenized while nobody else was served."""
+    in_main: list[bool] = []
+    render = Tokenizer.chat_text
+
+    def noted(self: Tokenizer, *args: Any, **variables: Any) -> str:
+        in_main.append(threading.current_thread() is threading.main_thread())
+        return render(self, *args, **variables)
+
+    monkeypatch.setattr(Tokenizer, "chat_text", noted)
+    function = {"name": "get_weather", "arguments": json.dumps({"city": "x" * 4000})}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}]
+    await post(chat, messages=messages)
+    await post(chat, messages=[{"role": "user", "content": "hi"}])
+    assert in_main == [False, True]
 
 
 CHOICES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {

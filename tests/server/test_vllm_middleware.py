@@ -39,7 +39,7 @@ def app(stats_address: str = "") -> FastAPI:
         assert int(request.headers["content-length"]) == len(content)
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {"raw": content.decode()}
 
     for path in ("/v1/completions", "/v1/embeddings"):
@@ -81,6 +81,8 @@ async def test_what_asks_for_nothing_stays_as_it_is() -> None:
     assert (await reached(max_tokens=3)).json() == {"prompt": "x", "max_tokens": 3}
     assert (await reached(content=b"no json")).json() == {"raw": "no json"}
     assert (await reached(content=b"[1]")).json() == [1]
+    nested = "[" * 100_000  # a RecursionError of the parser ended as a 500
+    assert (await reached(content=nested.encode())).json() == {"raw": nested}
     assert XARGS not in (await reached({"X-Latency-Budget-Ms": "5"}, path="/v1/embeddings")).json()
 
 

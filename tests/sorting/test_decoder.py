@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import ModelFolderError
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from sortserve.sorting.decoder import Decoder, SharedRun
 from tests.engine.asif import Oracle

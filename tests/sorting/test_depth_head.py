@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sortserve.__main__ import main
-from sortserve.engine.config import load_model_config
 from sortserve.engine.depth_head import DepthHead, within
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from sortserve.server.cli import BUNDLED
 from sortserve.sorting import depth_head

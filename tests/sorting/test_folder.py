@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
+from sortserve.engine.model_config import load_model_config
 from sortserve.sorting.folder import check_target, new_file, new_folder
 from sortserve.sorting.permute import write_permuted
 
@@ -18,7 +18,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.sorting.folder import new_file, new_folder
 from sortserve.sorting.permute import write_permuted

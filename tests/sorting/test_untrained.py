@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from sortserve.__main__ import main
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.llm import LLM
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.submodel import SubModel
 from sortserve.server.cli import BUNDLED

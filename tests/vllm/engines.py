@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from tests.vllm.deciders import Programmed
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 from tests.vllm.conftest import BUNDLED, Starter
 from tests.vllm.engines import Engine
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from tests.vllm.conftest import Starter
 from tests.vllm.test_asif import pinned, prompts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from tests.vllm.conftest import BUNDLED
 from tests.vllm.engines import BLOCK_TOKENS, Engine

@@ -1,4 +1,5 @@
-"""From a decision to the parts of a step: the rows of each request that takes part, and the memory for them.
+"""From a decision to the parts of a step: the rows of each request that takes part, and the memory for them; and from the
+last step's parts to those of its like.
 
 A request that goes on as in the last step, one token further, is the common case by far; its part is laid out ahead, while
 the step before it still runs (`lay_out`), and only checked when its turn comes.
@@ -31,7 +32,9 @@ class Assembly:
         tally: Tally,
         max_running: int,
     ) -> None:
-        self.memory_short = False  # whether somebody could not run as decided in the last step that was planned anew
+        self._memory_short = False  # whether somebody could not run as decided in the step that is planned
+        self._before: dict[str, SequencePlan] = {}  # the last step's parts
+        self._repeatable: list[tuple[Request, int]] = []  # its rows and their places, if the next step may be its like
         self._requests = requests
         self._planner = planner
         self._settings = settings
@@ -54,9 +57,37 @@ class Assembly:
                 if made is not None:
                     self._ahead[part.request_id] = made
 
-    def again(self, request: Request, before: SequencePlan | None, place: int) -> SequencePlan | None:
+    def repeated(self, num_placed: int) -> list[SequencePlan] | None:
+        """The last step's rows, each a token further, if all of them can go on so and nobody else could join them; None if
+        the step has to be planned anew. What was reserved for it until then is found there. `num_placed`: requests that
+        the policy gave a place."""
+        rows = self._repeatable = [pair for pair in self._repeatable if not pair[0].left]
+        if not rows or len(rows) < min(num_placed, self._max_running):
+            return None
+        parts = []
+        for request, place in rows:
+            part = self._again(request, place)
+            if part is None:
+                return None
+            parts.append(part)
+        return parts
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the next step may be like the one that was planned last."""
+        return bool(self._repeatable)
+
+    def repeat_no_more(self) -> None:
+        """The policy changed its mind: the next step is another one."""
+        self._repeatable = []
+
+    def runs(self, parts: Sequence[SequencePlan]) -> None:
+        """These are the step that runs next."""
+        self._before = {part.request_id: part for part in parts}
+
+    def _again(self, request: Request, place: int) -> SequencePlan | None:
         """The request's part if it goes on at `place` as in the last step, else None."""
-        part = self._ahead.get(request.id)
+        part, before = self._ahead.get(request.id), self._before.get(request.id)
         if part is not None and part.submodel == place and self._planner.still_fits(request, part):
             return part
         if before is None or before.submodel != place or request.submodel != place:
@@ -68,7 +99,6 @@ class Assembly:
     def rows(
         self,
         requests: Sequence[Request],
-        before: Mapping[str, SequencePlan],
         view: View,
         order: Ints,
         place: Ints,
@@ -77,12 +107,22 @@ class Assembly:
     ) -> list[SequencePlan]:
         """Parts for those that the filling gave rows (`wanted`, rows x layers), in order; what somebody cannot use for want
         of memory is offered to those behind. In the runner's order of rows: exit descending, like widths together."""
+        parts = self._filled(requests, view, order, place, reasons, wanted)
+        self._repeatable = []
+        # else a prompt goes on, or memory was short: who waits for it may change with every chunk
+        if not self._memory_short and all(part.stop - part.start == 1 for part in parts):
+            self._repeatable = [(self._requests[part.request_id], part.submodel) for part in parts]
+        return parts
+
+    def _filled(
+        self, requests: Sequence[Request], view: View, order: Ints, place: Ints, reasons: Ints, wanted: Ints
+    ) -> list[SequencePlan]:
         left, spare = view.step_tokens * self._rungs.num_layers, 0
         num_running = int(view.running.sum())
         planned: dict[str, SequencePlan] = {}
         depths = self._rungs.runs @ self._rungs.layers
         sitting_out = np.flatnonzero(place < 0).tolist()
-        self.memory_short = False
+        self._memory_short = False
         needed, places, causes = wanted.tolist(), place.tolist(), reasons.tolist()
         for position, row in enumerate(order.tolist()):
             most = needed[row] or spare
@@ -91,7 +131,7 @@ class Assembly:
             if most <= 0 or left <= 0 or (not was_running and num_running >= self._max_running):
                 continue
             depth = int(depths[places[row]])  # what was guessed as a resumed row may have to start anew
-            part = self.again(request, before.get(request.id), places[row]) if depth <= left else None
+            part = self._again(request, places[row]) if depth <= left else None
             if part is not None:
                 planned[request.id] = part
                 left -= depth
@@ -137,7 +177,7 @@ class Assembly:
                     self._note_change(request, at, why)
             if not made.memory_short:
                 break
-            self.memory_short = True
+            self._memory_short = True
         return made
 
     def _note_change(self, request: Request, place: int, reason: Reason) -> None:

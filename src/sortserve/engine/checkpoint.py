@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.errors import ModelFolderError
+from sortserve.engine.model_config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""What is served and how: the engine's settings, and with them the model's own configuration (model_config.py).
+"""What is served and how: the engine's settings. The model's own configuration is in model_config.py.
 
 Both are frozen. "auto" stays in EngineConfig and is resolved once, by the engine at start, into a new object
 (`dataclasses.replace`). Nothing here imports torch, so the command line can refuse a bad setting at once.
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sortserve.engine.errors import StartupError
-from sortserve.engine.model_config import DTYPE_BYTES, Family, ModelConfig, RopeConfig, load_model_config
-
-__all__ = ["DTYPE_BYTES", "EngineConfig", "Family", "ModelConfig", "RopeConfig", "load_model_config"]
+from sortserve.engine.model_config import DTYPE_BYTES
 
 WEIGHT_BYTES: Mapping[str, int | None] = {"auto": None, "int8": 1, "fp8": 1}
 """Bytes of a weight by `EngineConfig.weights`; None: those of the dtype."""

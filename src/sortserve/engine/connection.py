@@ -41,7 +41,7 @@ ENVIRONMENT = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 """PyTorch and oneDNN keep 1,024 compiled products each, one per matrix and number of rows: 550 MiB after 12,000 requests
 in batches of all sizes, 65 MiB with these few, which hold the products of ten sizes. Threads that wait for others spin
 for some microseconds before they sleep: with OpenMP's default, milliseconds, they use up what they could work beside
-another process (docs/diary.md, 2026-11-27). Read when torch is loaded."""
+another process (docs/diary.md, 2026-11-27). Read when torch is loaded; what the user has set wins."""
 _CONNECT_MILLISECONDS = 20  # from one try to the next
 _PULSE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5  # for what a process said last to arrive
@@ -80,7 +80,7 @@ class EngineConnection:
         """Start the process, which binds `endpoint` and is ended by whoever has the connection."""
         # its own session: Ctrl-C is for the server, which tells the engine what it must know
         process = await asyncio.create_subprocess_exec(
-            *command, endpoint, stdin=asyncio.subprocess.PIPE, start_new_session=True, env=os.environ | ENVIRONMENT
+            *command, endpoint, stdin=asyncio.subprocess.PIPE, start_new_session=True, env=ENVIRONMENT | os.environ
         )
         try:
             socket = context.socket(zmq.PAIR)

@@ -44,6 +44,11 @@ class StepCost(Protocol):
         """Seconds that nine of ten such steps stay under, [...]."""
         ...
 
+    @property
+    def last_seconds(self) -> float:
+        """What the last step took; 0 where that is not known."""
+        ...
+
 
 @dataclass(frozen=True)
 class CostTable:
@@ -98,6 +103,11 @@ class CostTable:
     def p90(self, shape: StepShape) -> Floats:
         """Median times `spread`, [...]."""
         return self.seconds(shape) * self.spread
+
+    @property
+    def last_seconds(self) -> float:
+        """A table sees no steps."""
+        return 0.0
 
     def _at(self, term: Floats, rows: Floats, beyond: bool = True) -> Floats:
         """A term at numbers of rows above 0; beyond the largest bucket, where some may be, in proportion."""

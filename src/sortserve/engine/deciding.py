@@ -72,13 +72,13 @@ class Decider:
         """One more step by the last answer."""
         self.steps += 1
 
-    def ask(self, look: Callable[[], View], step_seconds: float) -> tuple[bool, Ints]:
-        """Ask the policy, and keep its answer; returns whether anything is different now, and the rows it refuses.
-        `step_seconds`: of a step as they are now; 0: unknown."""
+    def ask(self, look: Callable[[], View]) -> tuple[bool, Ints]:
+        """Ask the policy, and keep its answer; returns whether anything is different now, and the rows it refuses."""
         began = time.perf_counter()
         view = look()
         decision = self.policy.decide(view)
         took = time.perf_counter() - began
+        step_seconds = view.cost.last_seconds
         self._least_steps = min(int(took / (MOST_SHARE * step_seconds)), self.ask_every) if step_seconds > 0 else 0
         place = np.where(decision.refuse, SITS_OUT, decision.place)
         inside = (place >= view.floor) & (place <= view.ceiling)

@@ -12,7 +12,7 @@ import torch
 
 from sortserve.engine.admission import Limits
 from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
-from sortserve.engine.config import EngineConfig, ModelConfig, load_model_config
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.cost import CostTable
 from sortserve.engine.cost_model import CostModel
 from sortserve.engine.depth_head import DepthHead
@@ -21,6 +21,7 @@ from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import ModelConfig, load_model_config
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import StepRunner
 from sortserve.engine.policies.protocol import Policy

@@ -9,7 +9,6 @@ from pathlib import Path
 from sortserve.engine.budget import Budget
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.engine import Engine
-from sortserve.engine.errors import RequestError
 from sortserve.engine.protocol import (
     Event,
     FailedEvent,
@@ -58,7 +57,8 @@ class LLM:
     ) -> list[Completion]:
         """One completion per prompt (text or token ids), all run together; in the prompts' order.
 
-        Raises RequestError if one of the prompts cannot be served, or a grammar turns out to cost too much; then none is.
+        Raises RequestError if one of the prompts cannot be served, or a grammar turns out to cost too much, and
+        OverloadedError if a strict budget cannot be kept beside the others; then none is.
         """
         params = sampling or SamplingParams(max_tokens=64, temperature=0.0)
         arrival = time.monotonic()
@@ -90,7 +90,7 @@ class LLM:
         elif isinstance(event, FinishedEvent) and answer.finished is None:
             answer.end(event, event.reason)
         elif isinstance(event, FailedEvent):
-            raise RequestError(event.message, param=event.param)
+            raise event.as_error()
 
 
 class _Answer:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.batch import BatchBuilder, SegmentBatch
-from sortserve.engine.config import ModelConfig
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable

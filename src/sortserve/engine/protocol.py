@@ -11,7 +11,7 @@ import msgspec
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.cost import StepKind
-from sortserve.engine.errors import SortServeError, UnavailableError
+from sortserve.engine.errors import SortServeError, UnavailableError, error_named
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.sampling import SamplingParams
 
@@ -112,6 +112,13 @@ class FailedEvent(Data, frozen=True):
         """The event that carries `error`."""
         retry_after = error.retry_after if isinstance(error, UnavailableError) else None
         return cls(request_id, type(error).__name__, error.message, error.param, retry_after)
+
+    def as_error(self) -> SortServeError:
+        """The error that it carries; an unknown name is our own bug and becomes a SortServeError, a 500."""
+        error = error_named(self.error)(self.message, param=self.param)
+        if isinstance(error, UnavailableError) and self.retry_after is not None:
+            error.retry_after = self.retry_after
+        return error
 
 
 Event = AcceptedEvent | PromptLogprobsEvent | TokenEvent | FinishedEvent | FailedEvent

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from sortserve.engine.config import RopeConfig
+from sortserve.engine.model_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> tuple[torch.Tensor, float]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.batch import BatchBuilder, Run, SegmentBatch
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.depth_head import DepthHead
 from sortserve.engine.drawing import Drawing
 from sortserve.engine.grammar import Grammars
 from sortserve.engine.model import Model
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan, SequenceResult, StepResult
 from sortserve.engine.protocol import TokenLogprob

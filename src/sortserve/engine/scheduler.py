@@ -5,11 +5,12 @@ There is no prefill or decode phase: every request has tokens known and tokens c
 still runs. No torch here.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
 from sortserve.engine import ahead
+from sortserve.engine.acceptance import Acceptance
 from sortserve.engine.admission import Limits, Load, check_request, check_strict, resolve_terms
 from sortserve.engine.assembly import Assembly
 from sortserve.engine.booking import Books
@@ -17,7 +18,6 @@ from sortserve.engine.cost import CostTable, StepCost
 from sortserve.engine.deciding import ASK_EVERY, Decider
 from sortserve.engine.errors import BudgetInfeasibleError, OverloadedError, RequestError
 from sortserve.engine.forecast import Forecast, first_place
-from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.kv import KVManager
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.lengths import AnswerLengths
@@ -35,7 +35,7 @@ from sortserve.engine.protocol import (
     Prediction,
 )
 from sortserve.engine.request import Request, owner_of
-from sortserve.engine.rungs import Ints, Rungs
+from sortserve.engine.rungs import Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.step import fill, in_order, rows_of
 from sortserve.engine.table import RequestTable
@@ -80,16 +80,13 @@ class Scheduler:
         self._books = Books(ladder, self._tally, self._lengths, eos_token_ids)
         self._table = RequestTable(self.rungs, kv, self.settings)
         self.decider = Decider(policy, self._table, ask_every)
-        self._foreteller = Foreteller()
+        self._acceptance = Acceptance(ladder, self._tally)
         self._cutting: dict[str, Request] = {}  # with the budget policy `cut` and a total
         self._assembly = Assembly(
             self.requests, self._planner, self.settings, self.rungs, ladder, self._tally, max_running
         )
-        self._before: dict[str, SequencePlan] = {}  # the last step's parts
-        self._repeatable: list[tuple[Request, int]] = []  # its rows and their places, if the next step may be its like
         self._booked = 0  # number of the last step that `beside` was called for
         self._refused: list[Request] = []
-        self._ended = False  # whether somebody did since `_repeatable` was looked through
         self._pending: list[Event] = []
 
     @property
@@ -183,7 +180,7 @@ class Scheduler:
         if not parts:
             self.decider.note(urgent=True)
             return None
-        self._before = {part.request_id: part for part in parts}
+        self._assembly.runs(parts)
         self._tally.steps += 1
         self.decider.step_ran()
         return Plan(self._tally.steps, tuple(parts), self.decider.wants_confidence)
@@ -212,11 +209,10 @@ class Scheduler:
     def _ask(self, now: float, coming: Collection[str] = ()) -> None:
         """A new answer of the policy; `coming`: who gets a token until it counts. Refusals are told with the next plan."""
         requests = list(self._table.requests)
-        step_seconds = getattr(self.cost, "last_seconds", 0.0)
-        changed, refused = self.decider.ask(lambda: self._view(now, coming), step_seconds)
+        changed, refused = self.decider.ask(lambda: self._view(now, coming))
         self._refused += [requests[row] for row in refused.tolist()]
         if changed:
-            self._repeatable = []
+            self._assembly.repeat_no_more()
 
     def _view(self, now: float, coming: Collection[str] = ()) -> View:
         return self._table.view(
@@ -228,26 +224,11 @@ class Scheduler:
             FEATURES,
             max(1, self.decider.steps),
             coming,
-            self._foreteller.traffic,
+            self._acceptance.traffic,
         )
 
     def _repeated(self) -> list[SequencePlan] | None:
-        """The last step's rows, each a token further, if all of them can go on so and nobody else could join them; None if
-        the step has to be planned anew. What was reserved for it until then is found there."""
-        rows, count = self._repeatable, len(self._table)
-        if self._ended:
-            rows = self._repeatable = [pair for pair in rows if not pair[0].left]
-            self._ended = False
-        sitting_out = int((self._table.decided[:count] < 0).sum())
-        if not rows or (len(rows) + sitting_out < count and len(rows) < self._max_running):
-            return None
-        parts = []
-        for request, place in rows:
-            part = self._assembly.again(request, self._before.get(request.id), place)
-            if part is None:
-                return None
-            parts.append(part)
-        return parts
+        return self._assembly.repeated(int((self._table.decided[: len(self._table)] >= 0).sum()))
 
     def _plan_anew(self, now: float) -> list[SequencePlan]:
         requests, view = list(self._table.requests), self._view(now)
@@ -256,55 +237,19 @@ class Scheduler:
         have, start, stop = fill(view, place, self.decider.chunk_tokens)
         wanted = rows_of(view, runnable, have, start, stop) @ self.rungs.layers  # rows x layers
         order = in_order(view, place, start)
-        parts = self._assembly.rows(requests, self._before, view, order, place, reasons, wanted)
+        parts = self._assembly.rows(requests, view, order, place, reasons, wanted)
         begun = [part for part in parts if self.requests[part.request_id].first_row is None]
         if begun:
-            self._accept(begun, requests, view, place, now)
-        singles = all(part.spans[-1].stop - part.spans[0].start == 1 for part in parts)
-        self._repeatable = []
-        if singles and not self._assembly.memory_short:
-            self._repeatable = [(self.requests[part.request_id], part.submodel) for part in parts]
-        else:  # a prompt goes on, or memory was short: who waits for it may change with every chunk
+            chunk_tokens, measured = self.decider.chunk_tokens, self.cost is not None
+            self._pending += self._acceptance.begin(begun, requests, view, place, chunk_tokens, measured=measured)
+        if not self._assembly.may_repeat:
             self.decider.note()
         return parts
 
-    # ---- what is told before a step ran
+    # ---- ends before a step ran
 
     def _forecast(self) -> Forecast:
         return Forecast.of(self.requests.values(), self.rungs, self.cost, self._max_step_tokens)
-
-    def _accept(
-        self, begun: Sequence[SequencePlan], requests: Sequence[Request], view: View, place: Ints, now: float
-    ) -> None:
-        """Tell requests that run for the first time what they start with. All the K/V they have then were cached."""
-        first, last = self._foreteller.foretell(view, place, self.decider.chunk_tokens)
-        factor = self._foreteller.factor
-        rows = {request.id: row for row, request in enumerate(requests)}
-        for part in begun:
-            request, row = self.requests[part.request_id], rows[part.request_id]
-            request.first_row = now
-            if request.asked.sampling.prompt_logprobs is None:
-                request.cached_tokens = part.watermark[0]
-                self._tally.prefix_queries += request.num_prompt
-                self._tally.prefix_hits += request.cached_tokens
-            self._foreteller.traffic.note(now, request.num_prompt - request.cached_tokens)
-            predicted, met = None, True
-            if request.asked.budget is not None and self.cost is not None:
-                request.foretold = float(last[row])
-                ends = now + request.foretold * factor
-                arrival, expected = request.asked.arrival, request.num_output + int(view.expected_left[row])
-                predicted = ends - arrival
-                met = request.asked.budget.met(arrival, now + float(first[row]) * factor, ends, expected)
-            self._pending.append(
-                AcceptedEvent(
-                    request.id,
-                    self.ladder.entries[request.submodel].id,
-                    predicted,
-                    met,
-                    now - request.asked.arrival,
-                    request.cached_tokens,
-                )
-            )
 
     def _overdue(self, now: float) -> list[Request]:
         """Budget policy `cut`: those for whom one more step, of the shape that runs now, would come too late."""
@@ -324,7 +269,7 @@ class Scheduler:
         """Strict requests that the policy gave up, unless they are gone: for now, their clients may come back."""
         refused, self._refused = self._refused, []
         for request in refused:
-            if request.id in self.requests and request.submodel == NEVER_RAN:
+            if self.requests.get(request.id) is request and request.submodel == NEVER_RAN:
                 self._refuse(request)
 
     def _refuse(self, request: Request) -> None:
@@ -362,8 +307,8 @@ class Scheduler:
         return events
 
     def _finish(self, request: Request, reason: FinishReason, now: float) -> FinishedEvent:
-        if request.foretold is not None and request.first_row is not None and reason != "abort" and not request.cut:
-            self._foreteller.ended(request.foretold, now - request.first_row)
+        if reason != "abort" and not request.cut:
+            self._acceptance.ended(request, now)
         self._end(request)
         return FinishedEvent(request.id, reason, request.summary(self.ladder, now))
 
@@ -381,7 +326,6 @@ class Scheduler:
         request.running = False
         self._cutting.pop(request.id, None)
         self._table.remove(request)
-        self._ended = True
         self.decider.note()
         self.kv.free(request.kv)
 

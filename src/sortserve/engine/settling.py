@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sortserve.engine.config import DTYPE_BYTES, KV_BYTES, WEIGHT_BYTES, EngineConfig, ModelConfig
+from sortserve.engine.config import KV_BYTES, WEIGHT_BYTES, EngineConfig
 from sortserve.engine.errors import LadderError, StartupError
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import DTYPE_BYTES, ModelConfig
 from sortserve.engine.sizing import most_threads
 from sortserve.engine.submodel import ModelShape
 from sortserve.kernels.dispatch import Dispatch, choose

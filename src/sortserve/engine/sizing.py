@@ -5,8 +5,9 @@ import os
 import torch
 
 from sortserve.engine import container
-from sortserve.engine.config import EngineConfig, ModelConfig
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.errors import MemoryBudgetError, StartupError
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 
 MOST_KV_BYTES = 2 << 30

@@ -73,11 +73,11 @@ class Tokenizer:
         """Number of token ids, added ones included. A model's own vocabulary may be padded beyond it."""
         return self._hf.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, param: str = "prompt") -> list[int]:
         """Token ids of `text`, with BOS and EOS if `add_special_tokens` and tokenizer.json's post-processor adds them.
 
         `add_bos_token` of tokenizer_config.json decides nothing, as in transformers 5, which drops it wherever there is
-        a tokenizer.json. Raises RequestError for text that is not Unicode (lone surrogates).
+        a tokenizer.json. Raises RequestError, naming `param`, for text that is not Unicode (lone surrogates).
         """
         try:
             if len(text) < LONG_TEXT_CHARS:
@@ -85,7 +85,7 @@ class Tokenizer:
             # only the batch call releases the GIL: `encode` of 3 MB held up every other thread for 3 s
             return self._hf.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:
-            raise RequestError("text holds a lone surrogate, which is not Unicode text", param="prompt") from error
+            raise RequestError("text holds a lone surrogate, which is not Unicode text", param=param) from error
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole token sequence; bytes that are not UTF-8 become U+FFFD."""

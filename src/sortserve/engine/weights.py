@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.checkpoint import LayerNames, WeightSource
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import ModelConfig
 from sortserve.kernels.ffn import GatedFfn
 from sortserve.kernels.linear import Product
 from sortserve.kernels.native import NativeFfn, NativeLinear

@@ -75,6 +75,11 @@ class Answer:
         """Output tokens so far, those of a stop string included."""
         return self.submodels.total()
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache had."""
+        return 0 if self.accepted is None else self.accepted.cached_tokens
+
     def open(self) -> Delta:
         """What leaves before the first token: the echo, unless it has to wait for its log-probabilities."""
         return self._echo() if self._job.echo and self._job.sampling.prompt_logprobs is None else Delta()
@@ -154,7 +159,9 @@ class Answer:
 def usage(job: Job, answers: Sequence[Answer]) -> dict[str, Any]:
     """The `usage` object as of now."""
     completion = sum(answer.num_tokens for answer in answers)
-    cached = sum(answer.accepted.cached_tokens for answer in answers if answer.accepted is not None)
+    # several answers to one prompt count it once: the first may have computed what the others found
+    by_prompt = [answers[first : first + job.num_choices] for first in range(0, len(answers), job.num_choices)]
+    cached = sum(min(answer.cached_tokens for answer in group) for group in by_prompt)
     return {
         "prompt_tokens": job.num_prompt_tokens,
         "completion_tokens": completion,

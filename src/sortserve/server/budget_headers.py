@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, get_args
 
 from starlette.datastructures import Headers
 
@@ -22,8 +22,8 @@ TOTAL_HEADERS = ("X-Latency-Budget-Ms",)
 TTFT_HEADERS = ("X-Latency-Budget-TTFT-Ms", "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT_HEADERS = ("X-Latency-Budget-TPOT-Ms", "x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 PROXY_HEADERS = ("x-envoy-expected-rq-timeout-ms",)
-POLICIES = ("best-effort", "strict", "cut")
-KV_MODES = ("exact", "reuse")
+POLICIES: tuple[BudgetPolicy, ...] = get_args(BudgetPolicy)
+KV_MODES: tuple[KVMode, ...] = get_args(KVMode)
 _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s)?", re.ASCII)
 _MAX_CHARS = 32  # longer is no number anyone means, and would be quoted in an error
 
@@ -92,7 +92,7 @@ def read_terms(
     budget = _budget(headers, body, default_budget_ms, bounds, trust_proxy_timeouts)
     by_default_full = floor is None and quality is None and budget is None
     floor = _raised(floor, bounds, ladder, submodel, by_default_full)
-    return Terms(budget, submodel, floor, quality, cast(KVMode | None, kv_mode))
+    return Terms(budget, submodel, floor, quality, kv_mode)
 
 
 def parse_milliseconds(value: float | str, param: str) -> float:
@@ -135,7 +135,7 @@ def _budget(
         if policy in ("strict", "cut"):
             raise RequestError(f"{param} is {policy} but no budget is given; add X-Latency-Budget-Ms", param=param)
         return None
-    return Budget(total, ttft, tpot, cast(BudgetPolicy, policy or "best-effort"))
+    return Budget(total, ttft, tpot, policy or "best-effort")
 
 
 def _proxy_timeout(headers: Headers) -> float | None:

@@ -22,9 +22,7 @@ from sortserve.engine.errors import (
     RequestError,
     SortServeError,
     UnavailableError,
-    error_named,
 )
-from sortserve.engine.protocol import FailedEvent
 
 INTERNAL_MESSAGE = "internal error; the server's log has it under the X-Request-Id of this response"
 _SHOWN_CHARS = 300  # of a message made from what the client sent
@@ -96,15 +94,6 @@ def error_response(error: SortServeError) -> Response:
 def internal_error_response() -> Response:
     """A 500 that says nothing of the inside."""
     return error_response(SortServeError(INTERNAL_MESSAGE))
-
-
-def error_of_event(event: FailedEvent) -> SortServeError:
-    """The error that a back end named; an unknown name is our own bug and becomes a 500."""
-    kind = error_named(event.error)
-    error = kind(event.message, param=event.param)
-    if isinstance(error, UnavailableError) and event.retry_after is not None:
-        error.retry_after = event.retry_after
-    return error
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -203,13 +203,18 @@ def _key(entry: _Entry, place: str) -> Key:
     return Key(_digest_of(entry.key, place), entry.name, Bounds(smallest, largest, entry.floor), bucket)
 
 
+def can_be_sent(key: str) -> bool:
+    """Whether a client can send it in a header, and has to: an empty one would be no key."""
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
 def _digest_of(written: str, place: str) -> bytes:
     digest = _DIGEST.fullmatch(written)
     if digest is not None:
         return bytes.fromhex(digest[1])
     if written.startswith("sha256:"):
         raise KeysFileError(f"{place}: key begins with sha256: but 64 hexadecimal digits do not follow")
-    if not written or not written.isascii() or not written.isprintable() or " " in written:
+    if not can_be_sent(written):
         raise KeysFileError(f"{place}: key must be printable ASCII without spaces, or sha256:<64 hexadecimal digits>")
     return _digest(written)
 

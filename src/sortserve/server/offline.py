@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sortserve.engine.budget import Budget
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.sampling import SamplingParams
+from sortserve.server.flags import model_settings
 
 if TYPE_CHECKING:
     from sortserve.engine.llm import LLM
@@ -112,18 +113,7 @@ def bench(folder: Path, args: argparse.Namespace) -> int:
 def _load(folder: Path, args: argparse.Namespace) -> "LLM":
     from sortserve.engine.llm import LLM  # torch
 
-    return LLM(
-        folder,
-        device=args.device,
-        dtype=args.dtype,
-        weights=args.weights,
-        weights_share=args.weights_share,
-        kv_dtype=args.kv_dtype,
-        num_threads=args.threads,
-        max_model_len=args.max_model_len,
-        kv_bytes=args.kv_memory,
-        ladder_path=args.ladder,
-    )
+    return LLM(folder, **model_settings(args))
 
 
 def _width(entry: Entry, full: int) -> str:

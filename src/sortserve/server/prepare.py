@@ -128,8 +128,7 @@ async def prepare_chat(
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     _check_tools(tools, messages, state.tokenizer)
     shown = {} if tools is None else {"tools": [tool.for_template() for tool in body.tools or ()]}
-    # 16: an empty message takes time too
-    num_chars = sum(16 + len(message["content"]) for message in messages) + len(str(shown))
+    num_chars = len(str(messages)) + len(str(shown))  # calls and fields of a template's own are rendered too
     asked = body.asked_max_tokens()
     tokens = await _maybe_in_thread(num_chars, lambda: _chat_tokens(messages, shown, asked or 1, state))
     # one more than fits where nothing is left, so that the error names the prompt's length and the limit
@@ -290,7 +289,7 @@ def _chat_tokens(
 ) -> list[int]:
     text = state.tokenizer.chat_text(messages, **shown)
     _check_chars(text, max_tokens, state, "messages")
-    return state.tokenizer.encode(text, add_special_tokens=False)
+    return state.tokenizer.encode(text, add_special_tokens=False, param="messages")
 
 
 def _check_chars(text: str, max_tokens: int, state: ServerState, param: str) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from sortserve.engine.config import EngineConfig, load_model_config
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.connection import COMMAND, VLLM_COMMAND
 from sortserve.engine.errors import StartupError
 from sortserve.engine.logs import configure_logging
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.supervisor import ProcessBackend
 from sortserve.engine.text import Tokenizer
 from sortserve.engine.time_slices import ask_for_short_slices
@@ -23,6 +24,7 @@ from sortserve.engine.vllm.compat import check_version
 from sortserve.engine.vllm.start import parsed
 from sortserve.server.app import create_app
 from sortserve.server.bounded_http import BoundedHttpProtocol
+from sortserve.server.flags import model_settings
 from sortserve.server.state import ServerOptions, ServerState
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ def serve(folder: Path, args: argparse.Namespace) -> int:
     listener = _listen(args.host, args.port)
     state: ServerState = app.state.server
     server = DrainingServer(app, state)
-    _LOG.info("listening on http://%s:%d, loading %s", args.host, listener.getsockname()[1], folder)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    _LOG.info("listening on http://%s:%d, loading %s", host, listener.getsockname()[1], folder)
     server.run(sockets=[listener])
     if isinstance(state.failure, StartupError):
         raise state.failure
@@ -84,28 +87,21 @@ def open_tracing(endpoint: str | None) -> "Tracing | None":
 
 def engine_config(folder: Path, args: argparse.Namespace) -> EngineConfig:
     """The engine's settings from the flags. Raises StartupError."""
+    if args.fixed_submodel is not None and args.policy != "fixed":
+        raise StartupError(f"--fixed-submodel is for --policy fixed, --policy is {args.policy}", param="fixed_submodel")
     return EngineConfig(
         model_folder=folder,
         served_name=args.served_model_name,
-        device=args.device,
-        dtype=args.dtype,
-        enforce_eager=args.enforce_eager,
         compile_kernels=not args.no_compile,
-        weights=args.weights,
-        weights_share=args.weights_share,
-        kv_dtype=args.kv_dtype,
-        max_model_len=args.max_model_len,
-        kv_bytes=args.kv_memory,
         max_step_tokens=args.max_batch_tokens,
         max_waiting=args.max_queue,
-        ladder_path=args.ladder,
         policy=args.policy,
         fixed_submodel=args.fixed_submodel,
-        num_threads=args.threads,
         prefix_cache=not args.no_prefix_cache,
         profile_cache=not args.no_profile_cache,
         simulates=args.simulates if args.backend == "simulated" else None,
-        vllm_args=vllm_arguments(args) if args.backend == "vllm" else (),
+        vllm_args=vllm_arguments(args),
+        **model_settings(args),
     )
 
 
@@ -117,6 +113,8 @@ def vllm_arguments(args: argparse.Namespace) -> tuple[str, ...]:
         for name in ("tensor_parallel_size", "pipeline_parallel_size")
         if getattr(args, name) > 1
     ]
+    if args.backend != "vllm" and (sizes or args.vllm_arg):
+        raise StartupError(f"{', '.join((*sizes, *args.vllm_arg))} is for --backend vllm, --backend is {args.backend}")
     return (*sizes, *args.vllm_arg)
 
 

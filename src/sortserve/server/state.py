@@ -77,14 +77,14 @@ class ServerState:
             self.metrics.describe(self.backend.info)
             _LOG.info("ready: model=%s", self.backend.info.model)
             return
-        self.phase = "failed"
+        self.phase = "failed" if self.phase == "loading" else self.phase
         if self.on_startup_failure is not None:
             self.on_startup_failure()
 
     async def drain(self) -> None:
         """Accept nothing more; return when what runs has finished or had its time. Does nothing the second time."""
-        started, self.phase = self.phase in ("loading", "ready"), "draining"
-        if started and not self._drained:
+        self.phase = "draining"
+        if not self._drained:
             self._drained = True
             try:
                 # the back end keeps the time; the margin is for one that does not

@@ -18,7 +18,7 @@ from sortserve.engine.protocol import (
     PromptLogprobsEvent,
     TokenEvent,
 )
-from sortserve.server.errors import INTERNAL_MESSAGE, error_of_event
+from sortserve.server.errors import INTERNAL_MESSAGE
 
 _LOG = logging.getLogger("sortserve.server")
 
@@ -106,7 +106,7 @@ class EventStreams:
         if isinstance(event, SortServeError):
             raise event
         if isinstance(event, FailedEvent):
-            raise error_of_event(event)
+            raise event.as_error()
         return place, event
 
     async def _pump(self, backend: Backend, place: int, request: GenerateRequest) -> None:

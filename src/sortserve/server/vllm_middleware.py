@@ -20,9 +20,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sortserve.engine.admission import resolve_terms
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import PayloadTooLargeError, RequestError, SortServeError
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.protocol import GenerateRequest
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.vllm.configuration import KEY
@@ -106,7 +106,7 @@ class LatencyBudgets:
         """Raises SortServeError for what our headers, fields or arguments say wrong; other mistakes are vLLM's to tell."""
         try:
             body = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return content
         if not isinstance(body, dict):
             return content

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sortserve.engine.checkpoint import Checkpoint, LayerNames, WeightSource
-from sortserve.engine.config import ModelConfig, load_model_config
 from sortserve.engine.errors import ModelFolderError
+from sortserve.engine.model_config import ModelConfig, load_model_config
 from sortserve.engine.rope import rope_table
 from sortserve.engine.submodel import LayerSettings, SubModel
 

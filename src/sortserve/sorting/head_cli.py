@@ -4,9 +4,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder import DepthHeadEntry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.sorting.ladder_cli import Told
 
 HEAD_FILE = "depth_head.st"  # safetensors; not by that ending: vLLM loads every such file of a folder as weights

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 
 if TYPE_CHECKING:
     from sortserve.sorting.measuring import Extras

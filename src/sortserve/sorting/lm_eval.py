@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder_file import Score
+from sortserve.engine.model_config import load_model_config
 from sortserve.sorting.answers import wilson
 
 Progress = Callable[[str], None]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.ladder_file import Pair, Score
 from sortserve.engine.llm import LLM
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import SubModel
 from sortserve.sorting import provenance
 from sortserve.sorting.answers import Task

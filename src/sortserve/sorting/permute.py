@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sortserve.engine.checkpoint import ModelNames
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.errors import SortingError
+from sortserve.engine.model_config import ModelConfig
 
 _LEFT_OUT = ("ladder.json", "ladder.svg", "model.gguf")
 _LEFT_OUT_SUFFIXES = (".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx")

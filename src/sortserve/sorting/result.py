@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
 from sortserve.engine.ladder import Entry, Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.submodel import ModelShape, SubModel
 from sortserve.sorting import held_out, lora, memory, new_model
 from sortserve.sorting.data import Texts

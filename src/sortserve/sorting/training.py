@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer
 
 from sortserve.engine.checkpoint import Checkpoint
-from sortserve.engine.config import load_model_config
 from sortserve.engine.errors import SortingError
+from sortserve.engine.model_config import load_model_config
 from sortserve.sorting import data, lora, new_model, result
 from sortserve.sorting.machine import keep_freed_memory
 from sortserve.sorting.nested import check_family

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sortserve.engine.checkpoint import Checkpoint
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.cuda.forward import HeadOutput
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.weights import load_device_weights
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.plan import SequencePlan, SequenceResult
 from sortserve.kernels.quantization import QuantKind
 from tests.engine.asif import CONTEXT, Harness

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.cuda import attention, forward, rows
 from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.rows import RowLayout, StepRows
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.tables import Longs, PageTables
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.plan import Ints
 from sortserve.kernels.gpu import backends, flash_attention
 from sortserve.kernels.gpu.backends import OURS, Offer

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from sortserve.engine.config import EngineConfig, load_model_config
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.cuda.start import CudaStart
 from sortserve.engine.errors import MemoryBudgetError, StartupError
+from sortserve.engine.model_config import load_model_config
 from sortserve.kernels import dispatch
 from tests.engine.tiny_models import make_tiny
 

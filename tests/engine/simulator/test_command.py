@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.cost_file import write_cost
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.simulator.command import maker
 from sortserve.engine.simulator.experiment import Scenario, bound_of, find_replicas, run_policy

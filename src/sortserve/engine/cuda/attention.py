@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sortserve.engine.config import ModelConfig
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.kernels.gpu.attention import AttentionLayer, PagedRows, rows_per_tile
 from sortserve.kernels.gpu.backends import AttentionCall, Choice, by_rows, fastest, offers

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.weights import DeviceLayer, DeviceWeights, Matrix
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable

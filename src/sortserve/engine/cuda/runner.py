@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sortserve.engine.config import ModelConfig
 from sortserve.engine.cuda.attention import choose_attention
 from sortserve.engine.cuda.buffers import StepBuffers
 from sortserve.engine.cuda.forward import Forward, HeadOutput, new_pool
@@ -28,6 +27,7 @@ from sortserve.engine.cuda.stopwatch import stopwatch
 from sortserve.engine.cuda.tables import PageTables
 from sortserve.engine.cuda.weights import DeviceWeights
 from sortserve.engine.drawing import Drawing
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import PENDING, Plan, SequencePlan, SequenceResult, StepResult
 from sortserve.engine.sampler import Sampler

@@ -7,11 +7,12 @@ from typing import TypeVar, cast
 import torch
 
 from sortserve.engine.checkpoint import WeightSource
-from sortserve.engine.config import EngineConfig, ModelConfig
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.cuda.runner import CudaOptions, CudaRunner
 from sortserve.engine.cuda.weights import DeviceWeights, load_device_weights
 from sortserve.engine.errors import MemoryBudgetError, StartupError
 from sortserve.engine.grammar import Grammars
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import Progress

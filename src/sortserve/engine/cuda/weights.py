@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.checkpoint import LayerNames, WeightSource
-from sortserve.engine.config import ModelConfig
+from sortserve.engine.model_config import ModelConfig
 from sortserve.engine.weights import Progress, importance_order
 from sortserve.kernels.gpu.ffn import GatedWeights
 from sortserve.kernels.quantization import QuantKind, quantize

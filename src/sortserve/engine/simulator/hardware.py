@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sortserve.engine.config import load_model_config
 from sortserve.engine.cost import CostTable
 from sortserve.engine.cost_file import read_cost
 from sortserve.engine.ladder import Entry, Ladder, Measured, Quality
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.rungs import Floats, Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.memory import KVSizes

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sortserve.engine.config import ModelConfig, load_model_config
 from sortserve.engine.errors import StartupError
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import ModelConfig, load_model_config
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.vllm.deciding import DeciderFactory, ceiling_decider
 

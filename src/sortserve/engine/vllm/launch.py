@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sortserve.engine.config import load_model_config
+from sortserve.engine.model_config import load_model_config
 from sortserve.engine.vllm.architectures import ARCHITECTURES
 from sortserve.engine.vllm.configuration import KEY
 

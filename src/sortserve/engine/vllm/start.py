@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sortserve.engine import container
-from sortserve.engine.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from sortserve.engine.config import EngineConfig
 from sortserve.engine.errors import StartupError
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.model_config import DTYPE_BYTES, ModelConfig
 from sortserve.engine.protocol import EngineInfo
 from sortserve.engine.vllm.compat import check_start, check_version
 from sortserve.engine.vllm.configuration import KEY, Configuration
