@@ -24,7 +24,8 @@ def counted(model: Any, chosen: SubModels) -> int:
         scale = (1 / len(chosen.exits),) * len(chosen.exits)
         loss = head_loss(states, model.lm_head.weight, targets.reshape(-1), scale)
         loss.total.backward()  # type: ignore[no-untyped-call]
-    return counter.get_total_flops()
+    total: int = counter.get_total_flops()
+    return total
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
