@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from sortserve.engine.errors import SortingError
-from sortserve.sorting.nested import EAGER_UP_TO, SubModels, check_family, exit_states
-from tests.sorting.toy import LAYERS, WIDTH, toy_model, toy_tokens
+from sortserve.sorting.attention import WINDOWS_UP_TO, causal_attention
+from sortserve.sorting.nested import SubModels, check_family, exit_states
+from sortserve.sorting.norm import rms_norm
+from tests.sorting.toy import HIDDEN, LAYERS, WIDTH, toy_model, toy_tokens
 
 
 def logits(model: Any, tokens: Tensor, chosen: SubModels) -> Tensor:
@@ -40,7 +42,7 @@ def test_every_exit_is_the_cut_model(family: str, width: int) -> None:
             assert torch.allclose(found[place], expected, atol=2e-5), (depth, (found[place] - expected).abs().max())
 
 
-@pytest.mark.parametrize("length", [EAGER_UP_TO, EAGER_UP_TO + 1])
+@pytest.mark.parametrize("length", [WINDOWS_UP_TO, WINDOWS_UP_TO + 1])
 def test_plain_and_fused_attention_agree(length: int) -> None:
     """And both are causal: the last token changes nothing before it."""
     model, tokens = toy_model(), toy_tokens(1, length)
@@ -52,6 +54,43 @@ def test_plain_and_fused_attention_agree(length: int) -> None:
         changed = logits(model, other, SubModels((LAYERS,), WIDTH))[0]
     assert torch.equal(found[:, :-1], changed[:, :-1])
     assert not torch.equal(found[:, -1], changed[:, -1])
+
+
+@pytest.mark.parametrize("length", [20, WINDOWS_UP_TO + 1])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (3, 1)])
+def test_attention_has_the_gradients_of_the_softmax_written_out(length: int, heads: int, groups: int) -> None:
+    """Q, K and V lie in memory as the projections lay them."""
+    generator = torch.Generator().manual_seed(heads)
+    given = [
+        torch.randn(2, length, count, 8, generator=generator, dtype=torch.float64) for count in (heads, groups, groups)
+    ]
+    query, key, value = (one.transpose(1, 2).requires_grad_() for one in given)
+    wide = [one.repeat_interleave(heads // groups, 1) for one in (key, value)]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    shares = (0.3 * query @ wide[0].transpose(2, 3)).masked_fill(future, float("-inf")).softmax(-1)
+    expected = (shares @ wide[1]).transpose(1, 2)
+    found = causal_attention(query, key, value, 0.3)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (expected, found)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_norm_has_the_gradients_of_transformers_own(trained: bool) -> None:
+    """In float32 to its last digits, in bfloat16 to those of its states."""
+    model = toy_model()
+    norm = model.model.norm.requires_grad_(trained)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        norm.to(dtype)
+        x = torch.randn(3, 5, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results = []
+        for made in (norm(x), rms_norm(norm, x)):
+            wanted = (x, norm.weight) if trained else (x,)
+            results.append([made, *torch.autograd.grad((made * weights).sum(), wanted)])
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_larger_sub_models_hold_the_smaller_ones() -> None:

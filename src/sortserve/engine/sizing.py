@@ -1,5 +1,7 @@
 """How much of the machine is taken: memory for K/V, the context length that it allows, threads."""
 
+import contextlib
+import ctypes
 import os
 
 import torch
@@ -48,6 +50,13 @@ def most_threads() -> int:
     cpus = container.cpus()
     threads = torch.get_num_threads()
     return threads if cpus is None else max(1, min(threads, int(cpus)))
+
+
+def give_back_freed_memory() -> None:
+    """Freed pieces between those in use go back to the system. Loading the 0.5B model leaves 60 to 180 MiB of them, more in
+    one process and less in the next; glibc keeps them, other C libraries have no such call."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows has no library of the process
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free_bytes() -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sortserve.engine.checkpoint import LayerNames, WeightSource
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.model_config import ModelConfig
+from sortserve.engine.sizing import give_back_freed_memory
 from sortserve.kernels.ffn import GatedFfn
 from sortserve.kernels.linear import Product
 from sortserve.kernels.native import NativeFfn, NativeLinear
@@ -108,6 +109,7 @@ def load_weights(
         if progress is not None:
             progress(number + 1, len(names.layers))
     final_norm = RmsNorm(source.read(names.final_norm, dtype), config.rms_eps)
+    give_back_freed_memory()
     return ModelWeights(embedding, tuple(layers), final_norm, head, config.tie_embeddings and not head.packed)
 
 

@@ -38,7 +38,8 @@ def pass_flops(
     attention = 2 * window * shape.num_heads * shape.head_dim
     weights = layers * (shape.attention_parameters + ffn) + len(chosen.exits) * shape.head_parameters
     heads = shape.head_dim * (2 * shape.num_heads + 2 * shape.num_kv_heads)
-    adapters = layers * lora_rank * (6 * shape.hidden_size + heads + 3 * chosen.width)
+    # A of five projections and B of two are as wide as the residual stream
+    adapters = layers * lora_rank * (7 * shape.hidden_size + heads + 3 * chosen.width)
     backward = 2 if frozen else 3
     return 2.0 * num_tokens * (backward * weights + 3 * adapters + 3 * layers * attention)
 

@@ -1,14 +1,14 @@
 """How much memory a training step takes at most, from shapes alone; `tests/sorting/test_memory.py` holds it to it.
 
 weights      2 (or 4) bytes each; trained ones 12 more (float32 copy and two moments), 4 for its gradient, 2 for the pass's
-activations  of one pass, kept for backward: per token and layer ACTIVATIONS_* values, and plain attention's squares
+activations  of one pass, kept for backward: per token and layer ACTIVATIONS_* values, and attention's squares
 head         its chunks of logits, and float32 gradients of the head where it is trained
 """
 
 from typing import Any
 
+from sortserve.sorting.attention import WINDOWS_UP_TO
 from sortserve.sorting.losses import CHUNK_BYTES
-from sortserve.sorting.nested import EAGER_UP_TO
 from sortserve.sorting.recipe import Recipe
 from sortserve.sorting.sampler import Sampler
 
@@ -27,14 +27,13 @@ def activations(config: Any, sampler: Sampler, recipe: Recipe) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads * head_dim
     keys = 2 * config.num_key_value_heads * head_dim
-    layer = 2 * config.hidden_size * _norm_bytes(item) + config.hidden_size * 2 * item
-    layer += (5 * queries + 6 * keys) * item + 5 * config.intermediate_size * item
+    norms = 2 * (2 * config.hidden_size * item + 4)
+    layer = norms + (2 * queries + keys + 4 * config.intermediate_size) * item
     windows = {recipe.train.window, *([recipe.train.long_window] if recipe.train.long_every else [])}
-    plain = max((window for window in windows if window <= EAGER_UP_TO), default=0)
-    # the softmax in float32, and cast to `item` where that is another one
-    squares = max(2 * queries * 4, config.num_attention_heads * plain * (4 + (item if item == 2 else 0)))
+    kept = max((window for window in windows if window <= WINDOWS_UP_TO), default=0)
+    squares = max(2 * queries * 4, config.num_attention_heads * kept * item)
     exits = len(sampler.exits) if recipe.method.kind == "soft" else 1
-    final = exits * config.hidden_size * (_norm_bytes(item) + 3 * item)
+    final = exits * config.hidden_size * 4 * item
     if recipe.train.checkpointed:
         return int(tokens * (config.num_hidden_layers * config.hidden_size * item + layer + squares + final))
     return int(tokens * (config.num_hidden_layers * (layer + squares) + final))
@@ -45,8 +44,3 @@ def head(model: Any, sampler: Sampler, recipe: Recipe) -> int:
     weight = model.lm_head.weight
     chunks = (3 + bool(recipe.method.distill)) * max(CHUNK_BYTES, 16 * 4 * len(weight))
     return int(chunks + (weight.numel() * 6 if weight.requires_grad else 0))
-
-
-def _norm_bytes(item: int) -> int:
-    """Bytes a value that transformers' RMSNorm keeps: the input in float32, its product in float32, and in `item`."""
-    return 8 + item

@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sortserve.engine.errors import SortingError
-
-EAGER_UP_TO = 512
-"""Window up to which plain products beat PyTorch's fused attention on a CPU: at 256 tokens the whole step of the bundled
-model took 775 ms against 865, its backward being what is slow; at 512 the plain one needs too much memory."""
+from sortserve.sorting.attention import Rotation, self_attention
+from sortserve.sorting.norm import rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +39,22 @@ def exit_states(model: Any, tokens: Tensor, chosen: SubModels, checkpointed: boo
     stream between layers and compute the rest again in the backward pass."""
     body = model.model
     x = body.embed_tokens(tokens)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    rotary = body.rotary_emb(x, position_ids=positions)
-    mask = _plain_mask(model, x)
+    rotation = Rotation.of(model, x)
     taken = []
     for index, layer in enumerate(body.layers[: chosen.exits[-1]]):
         if index not in chosen.skipped:
             if checkpointed:
-                x = torch.utils.checkpoint.checkpoint(
-                    _layer, layer, x, positions, rotary, mask, chosen.width, use_reentrant=False
-                )
+                x = torch.utils.checkpoint.checkpoint(_layer, layer, x, rotation, chosen.width, use_reentrant=False)
             else:
-                x = _layer(layer, x, positions, rotary, mask, chosen.width)
+                x = _layer(layer, x, rotation, chosen.width)
         if index + 1 in chosen.exits:
             taken.append(x)
-    states: Tensor = body.norm(torch.stack(taken))
-    return states
+    return rms_norm(body.norm, torch.stack(taken))
 
 
-def _plain_mask(model: Any, x: Tensor) -> Tensor | None:
-    """The causal mask that plain attention adds, [1, 1, length, length]; None where the fused one is used."""
-    length = x.shape[1]
-    plain = x.device.type == "cpu" and length <= EAGER_UP_TO
-    model.config._attn_implementation = "eager" if plain else "sdpa"
-    if not plain:
-        return None
-    return torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
-
-
-def _layer(
-    layer: Any, x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, width: int
-) -> Tensor:
-    attention, _ = layer.self_attn(
-        hidden_states=layer.input_layernorm(x), attention_mask=mask, position_ids=positions, position_embeddings=rotary
-    )
-    x = x + attention
-    return x + prefix_ffn(layer.mlp, layer.post_attention_layernorm(x), width)
+def _layer(layer: Any, x: Tensor, rotation: Rotation, width: int) -> Tensor:
+    x = x + self_attention(layer.self_attn, rms_norm(layer.input_layernorm, x), rotation)
+    return x + prefix_ffn(layer.mlp, rms_norm(layer.post_attention_layernorm, x), width)
 
 
 def prefix_ffn(mlp: Any, x: Tensor, width: int) -> Tensor:
