@@ -237,12 +237,21 @@ def test_layers(native: Native, kind: Kind, rows: int, chunks: bool, window: int
         assert worst_row_error(case.run(), case.expected()) <= limit(kind)
 
 
-@pytest.mark.parametrize("window", [None, 7], ids=["all", "window"])
-@pytest.mark.parametrize("chunks", [False, True], ids=["single", "chunks"])
+@pytest.mark.parametrize(
+    ("chunks", "window", "context"),
+    [
+        pytest.param(False, None, CONTEXT, id="single"),
+        pytest.param(True, None, CONTEXT, id="chunks"),
+        pytest.param(True, 7, CONTEXT, id="window"),
+        pytest.param(True, 193, 645, id="long-window"),  # its rows' windows begin on both sides of 448
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_gets_the_same_bits_in_every_batch(native: Native, kind: Kind, chunks: bool, window: int | None) -> None:
+def test_a_row_gets_the_same_bits_in_every_batch(
+    native: Native, kind: Kind, chunks: bool, window: int | None, context: int
+) -> None:
     """And in every chunk: those of a sequence one by one, in their order, over what the ones before have written."""
-    case = make_case(native, kind, 14, chunks=chunks, window=window)
+    case = make_case(native, kind, 14, chunks=chunks, window=window, context=context)
     case.hidden[3] *= 1e4
     before = case.pool.clone()
     together, after = case.run(), case.pool
