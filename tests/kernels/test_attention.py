@@ -3,15 +3,14 @@
 The pool is full of random numbers, so whoever reads a page or a place that is not his own gets something else.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from sortserve.kernels.attention import AttentionRows, RowGroup, attend, causal_mask, reference
+from sortserve.kernels.attention import AttentionRows, attend, causal_mask, reference, write
 from tests.kernels.closeness import DTYPES, Seeded, tolerance, worst_row_error
 
 SIZE, PAGE_LAYERS, CELL_PAGES = 16, 3, 2
@@ -20,10 +19,6 @@ HEADS = [pytest.param(q, kv, id=f"{q}on{kv}") for q, kv in ((4, 4), (6, 2), (7, 
 HEAD_DIM = 10
 
 Run = tuple[int, int]  # rows at positions [start, stop) of a sequence of its own
-
-
-def nothing() -> None:
-    """No mask."""
 
 
 class Case:
@@ -52,37 +47,16 @@ class Case:
             self.values.append(both[1])
             self.pages.append(pages)
 
-    def rows(self) -> AttentionRows:
-        """Grouped as the kernel asks for: single rows together, padded, each longer run alone."""
-        firsts = [0]
-        for start, stop in self.runs:
-            firsts.append(firsts[-1] + stop - start)
-        num_rows, groups = firsts[-1], []
-        single = [place for place, (start, stop) in enumerate(self.runs) if stop - start == 1]
-        if single:
-            longest = max(len(self.pages[place]) for place in single)
-            padded = torch.zeros(len(single), longest, CELL_PAGES, dtype=torch.long)
-            for row, place in enumerate(single):
-                padded[row, : len(self.pages[place])] = self.pages[place]
-            starts = [self.runs[place][0] for place in single]
-            mask: Callable[[], Tensor | None] = nothing
-            if self.window is not None or min(starts) < longest * SIZE - 1:
-                mask = partial(causal_mask, starts, 1, longest * SIZE, self.dtype, self.window)
-            rows = None if len(single) == num_rows else torch.tensor([firsts[place] for place in single])
-            groups.append(RowGroup(len(single), 1, rows, _blocks(padded), mask))
-        for place, (start, stop) in enumerate(self.runs):
-            if stop - start > 1:
-                context = len(self.pages[place]) * SIZE
-                mask = partial(causal_mask, [start], stop - start, context, self.dtype, self.window)
-                all_rows = slice(firsts[place], firsts[place + 1])
-                alone = stop - start == num_rows
-                groups.append(
-                    RowGroup(1, stop - start, None if alone else all_rows, _blocks(self.pages[place][None]), mask)
-                )
-        return AttentionRows(num_rows, tuple(groups))
+    def rows(self, writes: Tensor | None = None) -> AttentionRows:
+        positions = torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+        sequences = torch.tensor([place for place, (start, stop) in enumerate(self.runs) for _ in range(start, stop)])
+        tables = torch.zeros(CELL_PAGES, len(self.runs), max(len(pages) for pages in self.pages), dtype=torch.long)
+        for place, pages in enumerate(self.pages):
+            tables[:, place, : len(pages)] = pages.T * (2 * PAGE_LAYERS)
+        return AttentionRows(positions, sequences, writes, tables.unbind(), SIZE, PAGE_LAYERS, self.window, self.dtype)
 
     def run(self, layer: int, rows: AttentionRows | None = None) -> Tensor:
-        return attend(self.query, self.pool, rows or self.rows(), *divmod(layer, PAGE_LAYERS), self.num_kv_heads)
+        return attend(self.query, self.pool, rows or self.rows(), layer, self.num_kv_heads)
 
     def expected(self, layer: int) -> Tensor:
         out, row = [], 0
@@ -98,12 +72,6 @@ class Case:
     def allowed(self) -> float:
         """The scores, which are up to about 4 here and go into an exponent, the weights and the result may round."""
         return tolerance(self.dtype, roundings=3, terms=300)
-
-
-def _blocks(pages: Tensor) -> tuple[Tensor, ...]:
-    """pages [sequences, blocks, cell pages] -> pool rows of K and V per page of the cell."""
-    rows = pages * (2 * PAGE_LAYERS)
-    return tuple(torch.stack([rows[:, :, c], rows[:, :, c] + PAGE_LAYERS]) for c in range(CELL_PAGES))
 
 
 def decode(*contexts: int) -> list[Run]:
@@ -146,8 +114,38 @@ def test_sliding_window(name: str, window: int, dtype: torch.dtype) -> None:
 
 
 def test_mask_by_hand() -> None:
-    hidden = causal_mask([1, 3], 2, 5, torch.float32, window=2)[:, 0].isinf().int()
+    hidden = causal_mask(torch.tensor([[1, 2], [3, 4]]), 5, torch.float32, window=2)[:, 0].isinf().int()
     assert hidden.tolist() == [[[0, 0, 1, 1, 1], [1, 0, 0, 1, 1]], [[1, 1, 0, 0, 1], [1, 1, 1, 0, 0]]]
+
+
+@pytest.mark.parametrize("name", ["decode-mixed", "chunk-at-271", "decode-and-chunks"])
+def test_some_rows(name: str) -> None:
+    """Those that go on after a segment's last K and V, from every sequence that has them, or only from one."""
+    case = Case(MIXES[name], 6, 2, torch.float32)
+    expected = case.expected(1)
+    for chosen in (torch.arange(1, len(expected)), torch.tensor([2])):
+        out = attend(case.query[chosen], case.pool, case.rows().only(chosen), 1, 2)
+        assert worst_row_error(out, expected[chosen]) <= case.allowed()
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("name", ["decode-mixed", "decode-and-chunks"])
+def test_what_is_written(name: str, some: bool) -> None:
+    """K and V go where attention finds them, of the rows that write, and nothing else changes."""
+    case = Case(MIXES[name], 6, 2, torch.float32)
+    num_rows = len(case.query)
+    writes = torch.arange(num_rows) % 3 > 0 if some else torch.ones(num_rows, dtype=torch.bool)
+    key, value = Seeded(1).normal(2, num_rows, 2, HEAD_DIM)
+    expected, layer, row = case.pool.clone(), PAGE_LAYERS + 1, 0
+    for place, (start, stop) in enumerate(case.runs):
+        for position in range(start, stop):
+            first = case.pages[place][position // SIZE, 1] * 2 * PAGE_LAYERS + 1
+            if writes[row]:
+                expected[first, position % SIZE] = key[row].flatten()
+                expected[first + PAGE_LAYERS, position % SIZE] = value[row].flatten()
+            row += 1
+    write(key, value, case.pool, case.rows(writes if some else None), layer)
+    assert torch.equal(case.pool, expected)
 
 
 BUGS = ("no-mask", "sees-the-next", "misses-itself", "stale-page", "wrong-layer", "keys-for-values", "rows-swapped")
@@ -159,28 +157,21 @@ BUGS = ("no-mask", "sees-the-next", "misses-itself", "stale-page", "wrong-layer"
 def test_the_tolerance_finds(dtype: torch.dtype, name: str, bug: str) -> None:
     """The real kernel, told something wrong about its rows. At 300 tokens one token too many is 6 % of a row."""
     case = Case(MIXES[name], 6, 2, dtype)
-    rows, expected = case.rows(), case.expected(1)
-    group = rows.groups[0]
-    assert group.mask is not None
-    context = group.mask.shape[-1]
-    layer, starts = 1, [start for start, _ in case.runs]
+    rows, expected, layer = case.rows(), case.expected(1), 1
     if bug == "no-mask":
-        group = dataclasses.replace(group, make_mask=nothing)
+        rows = replace(rows, positions=torch.full_like(rows.positions, rows.tables[0].shape[1] * SIZE - 1))
     elif bug in ("sees-the-next", "misses-itself"):
         step = 1 if bug == "sees-the-next" else -1
         # a row that sees nothing at all would be NaN, so the first position stays as it is
-        shifted = [max(0, start + step) for start in starts]
-        mask = partial(causal_mask, shifted, group.rows_each, context, dtype)
-        group = dataclasses.replace(group, make_mask=mask)
+        rows = replace(rows, positions=(rows.positions + step).clamp_min(0))
     elif bug == "stale-page":
-        blocks = [block.clone() for block in group.blocks]
-        blocks[0][:, 0, 3] = blocks[0][:, 0, 4]  # the fourth block reads the fifth's page
-        group = dataclasses.replace(group, blocks=tuple(blocks))
+        tables = [table.clone() for table in rows.tables]
+        tables[0][0, 3] = tables[0][0, 4]  # the fourth block reads the fifth's page
+        rows = replace(rows, tables=tuple(tables))
     elif bug == "wrong-layer":
         layer = 2
     elif bug == "keys-for-values":
-        group = dataclasses.replace(group, blocks=tuple(block.flip(0) for block in group.blocks))
+        case.pool = case.pool.view(-1, 2, PAGE_LAYERS, *case.pool.shape[1:]).flip(1).flatten(0, 2)
     else:
         case.query = case.query.roll(1, 0)
-    out = case.run(layer, AttentionRows(rows.num_rows, (group,)))
-    assert worst_row_error(out, expected) > 2 * case.allowed()
+    assert worst_row_error(case.run(layer, rows), expected) > 2 * case.allowed()

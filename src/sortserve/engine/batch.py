@@ -6,7 +6,6 @@ they are the first rows of the segment before; with entrants they are gathered o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from sortserve.engine.pages import KVGeometry
 from sortserve.engine.plan import Plan, SequencePlan, Span
 from sortserve.engine.submodel import LayerSettings
-from sortserve.kernels.attention import AttentionRows, RowGroup, causal_mask
+from sortserve.kernels.attention import AttentionRows
 from sortserve.kernels.ffn import FfnRows, plan_rows
 from sortserve.kernels.native_layers import RowSettings
 
@@ -43,26 +42,15 @@ class SegmentBatch:
 
     segment: int
     num_rows: int
-    positions: Tensor  # [num_rows]
     source: Tensor | None
     entrants: tuple[Run, ...]
-    write_rows: Tensor | None  # rows that write K/V; None: all
-    write_slots: tuple[Tensor, ...]  # per page of the cell: [2 x writers] K and V token slots of the page's layer 0
     attention: AttentionRows
     last: Tensor | None
-    last_attention: AttentionRows
     settings: tuple[int, ...]  # distinct settings ids
     rows_settings: NDArray[np.int16]  # [num_rows] index into `settings`
     leaving: tuple[Run, ...]  # runs whose exit this segment is; rows counted among `last`
     num_staying: int  # rows that go on to the next segment: the first ones
     layout: tuple[bytes, bytes]  # `rows_settings` of all and of the `last` rows, as a key for what is derived from them
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every row is the next token of a sequence: nothing to leave unwritten, and no run of rows."""
-        groups = self.attention.groups
-        alone = len(groups) == 1 and groups[0].rows is None and groups[0].rows_each == 1
-        return alone and self.write_rows is None and self.last is None
 
     def choose(self, by_settings: Sequence[bool], last: bool, dtype: torch.dtype) -> Tensor:
         """Per row 0 or 1 by its settings, [rows, 1]; of the `last` rows only if `last`."""
@@ -109,14 +97,8 @@ class BatchBuilder:
     def _segment(self, segment: int, runs: list[Run], before: list[Run]) -> SegmentBatch:
         positions = np.concatenate([np.arange(run.span.start, run.span.stop) for run in runs])
         num_rows = len(positions)
-        row_pages = np.concatenate([self._row_pages(run, segment) for run in runs])  # [num_rows, cell pages]
-        writes = np.concatenate(
-            [np.arange(run.span.start, run.span.stop) >= run.part.watermark[segment] for run in runs]
-        )
         source, entrants = self._source(segment, runs, before)
         kept, leaving = self._kept_rows(segment, runs)
-        all_kept = len(kept) == num_rows
-        attention = self._attention([(run, run.span.start, run.span.stop, run.row) for run in runs], segment, num_rows)
         ids = [run.span.settings[segment] for run in runs]
         distinct = tuple(sorted(set(ids)))
         rows_settings = np.repeat(
@@ -125,14 +107,10 @@ class BatchBuilder:
         return SegmentBatch(
             segment=segment,
             num_rows=num_rows,
-            positions=torch.from_numpy(positions),
             source=source,
             entrants=entrants,
-            write_rows=None if writes.all() else torch.from_numpy(np.flatnonzero(writes)),
-            write_slots=self._write_slots(row_pages[writes], positions[writes]),
-            attention=attention,
-            last=None if all_kept else torch.from_numpy(np.asarray(kept, np.int64)),
-            last_attention=attention if all_kept else self._kept_attention(segment, runs),
+            attention=self._attention(segment, runs, positions),
+            last=None if len(kept) == num_rows else torch.from_numpy(np.asarray(kept, np.int64)),
             settings=distinct,
             rows_settings=rows_settings,
             leaving=leaving,
@@ -140,19 +118,31 @@ class BatchBuilder:
             layout=(rows_settings.tobytes(), rows_settings[kept].tobytes()),
         )
 
-    def _row_pages(self, run: Run, segment: int) -> NDArray[np.int32]:
-        size, columns = self.geometry.block_tokens, self.geometry.columns(segment)
-        if run.span.num_rows == 1:
-            return run.part.pages[run.span.start // size, columns][None]
-        return run.part.pages[np.arange(run.span.start, run.span.stop) // size, columns]
-
-    def _write_slots(self, pages: NDArray[np.int32], positions: Longs) -> tuple[Tensor, ...]:
-        size, layers = self.geometry.block_tokens, self.geometry.page_layers
-        slots = []
-        for column in range(pages.shape[1]):
-            key = pages[:, column].astype(np.int64) * (2 * layers * size) + positions % size
-            slots.append(torch.from_numpy(np.stack([key, key + layers * size], axis=1).reshape(-1)))
-        return tuple(slots)
+    def _attention(self, segment: int, runs: list[Run], positions: Longs) -> AttentionRows:
+        """Where the rows' sequences have their K/V, and which rows find their own there already."""
+        geometry, owners, numbers = self.geometry, list[Run](), list[int]()
+        for run in runs:  # the last run of each sequence reaches furthest
+            if owners and owners[-1].part is run.part:
+                owners[-1] = run
+            else:
+                owners.append(run)
+            numbers.append(len(owners) - 1)
+        counts = [geometry.num_blocks(run.span.stop) for run in owners]
+        pages = np.zeros((geometry.cell_pages(segment), len(owners), max(counts)), np.int64)
+        for number, (run, count) in enumerate(zip(owners, counts, strict=True)):
+            pages[:, number, :count] = run.part.pages[:count, geometry.columns(segment)].T
+        rows_each = [run.span.num_rows for run in runs]
+        writes = positions >= np.repeat([run.part.watermark[segment] for run in runs], rows_each)
+        return AttentionRows(
+            positions=torch.from_numpy(positions),
+            sequences=torch.from_numpy(np.repeat(numbers, rows_each)),
+            writes=None if writes.all() else torch.from_numpy(writes),
+            tables=torch.from_numpy(pages * (2 * geometry.page_layers)).unbind(),
+            block_tokens=geometry.block_tokens,
+            page_layers=geometry.page_layers,
+            window=self.window,
+            dtype=self.dtype,
+        )
 
     def _source(self, segment: int, runs: list[Run], before: list[Run]) -> tuple[Tensor | None, tuple[Run, ...]]:
         """Who enters at this segment's start, and where every row's input lies."""
@@ -192,56 +182,6 @@ class BatchBuilder:
             kept.extend(range(first, first + stop - start))
         return kept, tuple(leaving)
 
-    def _kept_attention(self, segment: int, runs: list[Run]) -> AttentionRows:
-        wanted, row = [], 0
-        for run in runs:
-            start, stop = self._needed(run, segment)
-            if stop > start:
-                wanted.append((run, start, stop, row))
-                row += stop - start
-        return self._attention(wanted, segment, row)
-
-    def _attention(self, wanted: Sequence[tuple[Run, int, int, int]], segment: int, num_rows: int) -> AttentionRows:
-        """Group (run, start, stop, first row): single rows together, each longer run by itself."""
-        single = [(run, start, row) for run, start, stop, row in wanted if stop - start == 1]
-        groups = []
-        if single:
-            longest = self.geometry.num_blocks(max(start for _, start, _ in single) + 1)
-            pages = np.zeros((len(single), longest, self.geometry.cell_pages(segment)), np.int64)
-            for place, (run, start, _) in enumerate(single):
-                count = self.geometry.num_blocks(start + 1)
-                pages[place, :count] = run.part.pages[:count, self.geometry.columns(segment)]
-            rows = None if len(single) == num_rows else torch.tensor([row for _, _, row in single])
-            mask = partial(self._mask, [start for _, start, _ in single], 1, longest)
-            groups.append(RowGroup(len(single), 1, rows, self._blocks(pages), mask))
-        for run, start, stop, row in wanted:
-            if stop - start > 1:
-                count = self.geometry.num_blocks(stop)
-                pages = run.part.pages[None, :count, self.geometry.columns(segment)].astype(np.int64)
-                alone = stop - start == num_rows
-                groups.append(
-                    RowGroup(
-                        1,
-                        stop - start,
-                        None if alone else slice(row, row + stop - start),
-                        self._blocks(pages),
-                        partial(self._mask, [start], stop - start, count),
-                    )
-                )
-        return AttentionRows(num_rows, tuple(groups))
-
-    def _mask(self, starts: list[int], rows_each: int, blocks: int) -> Tensor | None:
-        context = blocks * self.geometry.block_tokens
-        if rows_each == 1 and self.window is None and min(starts) == context - 1:
-            return None
-        return causal_mask(starts, rows_each, context, self.dtype, self.window)
-
-    def _blocks(self, pages: Longs) -> tuple[Tensor, ...]:
-        """pages [sequences, blocks, cell pages] -> pool rows of K and V, [2, sequences, blocks] per page of the cell."""
-        layers = self.geometry.page_layers
-        keys = torch.from_numpy(pages * (2 * layers))
-        return tuple(torch.stack([keys[:, :, column], keys[:, :, column] + layers]) for column in range(keys.shape[2]))
-
     def ffn_rows(
         self, batch: SegmentBatch, widths: tuple[int, ...], boundaries: tuple[int, ...], last: bool
     ) -> FfnRows:
@@ -258,12 +198,15 @@ class BatchBuilder:
     def layer_rows(
         self, batch: SegmentBatch, by_id: Sequence[LayerSettings], make: Callable[[Longs, Longs], RowSettings]
     ) -> RowSettings:
-        """What `make` gives for widths and attention [layers, rows]; `by_id` are the settings of `batch.settings`. Steps
-        that are alike share the answer."""
-        key = (batch.segment, batch.settings, batch.layout[0])
+        """What `make` gives for widths and attention [layers, rows]; `by_id` are the settings of `batch.settings`. In the
+        last layer rows that do not go on have neither. Steps that are alike share the answer."""
+        last = None if batch.last is None else batch.last.numpy()
+        key = (batch.segment, batch.settings, batch.layout[0], None if last is None else last.tobytes())
         if key not in self.layer_cache:
             if len(self.layer_cache) > 256:
                 self.layer_cache.clear()
             both = np.array(by_id, np.int64)[batch.rows_settings]  # [rows, layers, width and attention]
+            if last is not None:
+                both[np.isin(np.arange(batch.num_rows), last, invert=True), -1] = 0
             self.layer_cache[key] = make(both[:, :, 0].T, both[:, :, 1].T)
         return self.layer_cache[key]

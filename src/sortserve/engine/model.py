@@ -12,7 +12,7 @@ from sortserve.engine.pages import KVGeometry
 from sortserve.engine.rope import rope_table
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.weights import LayerWeights, ModelWeights
-from sortserve.kernels.attention import attend
+from sortserve.kernels.attention import AttentionRows, attend, write
 from sortserve.kernels.native_layers import LayersShape, NativeLayers
 from sortserve.kernels.rope import rotate
 
@@ -68,24 +68,23 @@ class Model:
         """
         start, end = self._geometry.bounds[batch.segment], self._geometry.bounds[batch.segment + 1]
         by_id = [self._settings.settings(batch.segment, settings_id) for settings_id in batch.settings]
-        if self._native is not None and batch.decodes:
+        if self._native is not None:
             chosen = self._builder.layer_rows(batch, by_id, self._native.settings)
-            blocks = batch.attention.groups[0].blocks
-            return self._native.run(start, hidden, batch.positions, pool, blocks, chosen)
-        rotation = self._rotations[batch.positions]
+            out = self._native.run(start, hidden, batch.attention, pool, chosen)
+            return out if batch.last is None else out[batch.last]
+        rows = batch.attention
+        rotation = self._rotations[rows.positions]
         for layer in range(start, end):
             weights, offset = self.weights.layers[layer], layer - start
             last = batch.last if layer == end - 1 else None
             attending = [settings[offset][1] for settings in by_id]
-            query = self._write_keys_values(weights, hidden, rotation, batch, offset, pool)
+            query = self._write_keys_values(weights, hidden, rotation, rows, offset, pool)
             if last is not None:
-                hidden, query = hidden[last], query[last]
+                hidden, query, rows = hidden[last], query[last], rows.only(last)
                 if hidden.shape[0] == 0:
                     return hidden
             if any(attending):
-                rows = batch.attention if last is None else batch.last_attention
-                page, layer_in_page = divmod(offset, self._geometry.page_layers)
-                attended = attend(query, pool, rows, page, layer_in_page, self.config.shape.num_kv_heads)
+                attended = attend(query, pool, rows, offset, self.config.shape.num_kv_heads)
                 if all(attending):
                     hidden = weights.output.add_to(hidden, attended)
                 else:
@@ -97,7 +96,7 @@ class Model:
         return hidden
 
     def _write_keys_values(
-        self, weights: LayerWeights, hidden: Tensor, rotation: Tensor, batch: SegmentBatch, offset: int, pool: Tensor
+        self, weights: LayerWeights, hidden: Tensor, rotation: Tensor, rows: AttentionRows, offset: int, pool: Tensor
     ) -> Tensor:
         """Write the K/V of the segment's layer `offset`; returns the rotated queries [rows, heads, head_dim].
 
@@ -111,11 +110,5 @@ class Model:
             query, key = rotated[:, : shape.num_heads], rotated[:, shape.num_heads :]
             rotated = torch.cat([weights.query_norm(query), weights.key_norm(key)], dim=1)
         rotated = rotate(rotated, rotation)
-        both = torch.stack([rotated[:, shape.num_heads :], value], dim=1)  # [rows, 2, kv_heads, head_dim]
-        if batch.write_rows is not None:
-            both = both[batch.write_rows]
-        page, layer_in_page = divmod(offset, self._geometry.page_layers)
-        slots = batch.write_slots[page] + layer_in_page * self._geometry.block_tokens
-        kv_width = self._geometry.kv_width
-        pool.view(-1, kv_width).index_copy_(0, slots, both.view(-1, kv_width))
+        write(rotated[:, shape.num_heads :], value, pool, rows, offset)
         return rotated[:, : shape.num_heads]

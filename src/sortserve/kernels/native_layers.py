@@ -1,8 +1,8 @@
-"""Decoder layers in one call of C++ (`cpu/layers.h`), for rows that are each a sequence's next token.
+"""Decoder layers in one call of C++ (`cpu/layers.h`), for the rows of any step: next tokens, chunks of prompts, refills.
 
 The parts of a layer take less time than PyTorch's calls for them: at one row of the 0.5B model norms, rotation, attention
-and what lies between took 6 of 28 ms with int8 weights. Where several rows belong to one sequence (prompts, refills)
-products take the time, and PyTorch's attention is the better one; `Model.run_segment` runs these part by part.
+and what lies between took 6 of 28 ms with int8 weights. Where products are not our own, `Model.run_segment` runs the same
+part by part.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sortserve.kernels.attention import AttentionRows
 from sortserve.kernels.ffn import GatedFfn
 from sortserve.kernels.linear import Product
 from sortserve.kernels.native import NativeFfn, NativeLinear, PackedPointer
@@ -91,7 +92,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "layers", "most_blocks")),
-        ("positions", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("positions", "sequences", "writes")),
         ("blocks", ctypes.POINTER(ctypes.c_void_p)),
         *((name, ctypes.c_void_p) for name in ("widths", "attended", "hidden", "pool")),
     )
@@ -148,37 +149,48 @@ class NativeLayers:
         attended = attends * (self._shape.num_heads * self._shape.head_dim)
         return RowSettings(*(torch.from_numpy(np.ascontiguousarray(one, np.int32)) for one in (widths, attended)))
 
-    def run(
-        self, first: int, hidden: Tensor, positions: Tensor, pool: Tensor, blocks: Sequence[Tensor], rows: RowSettings
-    ) -> Tensor:
-        """hidden [rows, hidden] through layers from `first` on, as `rows` tells; a new tensor. Writes K/V into `pool`.
-
-        positions int64 [rows]; pool [blocks of all pages, block_tokens, kv_width]; blocks int64 [K or V, rows, most blocks],
-        rows of the pool, for each page of these layers.
-        """
-        shape = self._shape
-        num_layers, num_rows = rows.widths.shape
+    def run(self, first: int, hidden: Tensor, rows: AttentionRows, pool: Tensor, settings: RowSettings) -> Tensor:
+        """hidden [rows, hidden] through layers from `first` on, as `settings` tell; a new tensor. Writes K/V into `pool`
+        [blocks of all pages, block_tokens, kv_width]."""
+        num_layers, num_rows = settings.widths.shape
         assert hidden.shape == (num_rows, self._hidden_size), hidden.shape
         assert hidden.dtype == pool.dtype == self._dtype, (hidden.dtype, pool.dtype)
-        assert 0 < num_layers <= min(len(self._layers) - first, len(blocks) * shape.page_layers), num_layers
-        assert pool.shape[1:] == (shape.block_tokens, shape.num_kv_heads * shape.head_dim), pool.shape
-        assert all(one.shape[:2] == (2, num_rows) for one in blocks)
-        assert all(one.dtype == torch.int64 for one in (positions, *blocks))
-        assert all(one.is_contiguous() for one in (positions, pool, *blocks))
-        lowest, highest = (int(one) for one in positions.aminmax())
-        assert 0 <= lowest <= highest < min(self._num_positions, blocks[0].shape[2] * shape.block_tokens), positions
+        assert 0 < num_layers <= len(self._layers) - first, num_layers
+        self._check(rows, pool, num_rows, num_layers)
         out = hidden.clone(memory_format=torch.contiguous_format)
         step = _Step(
             num_rows,
             num_layers,
-            blocks[0].shape[2],
-            positions.data_ptr(),
-            (ctypes.c_void_p * len(blocks))(*(one.data_ptr() for one in blocks)),
-            rows.widths.data_ptr(),
-            rows.attended.data_ptr(),
+            rows.tables[0].shape[1],
+            rows.positions.data_ptr(),
+            rows.sequences.data_ptr(),
+            None if rows.writes is None else rows.writes.data_ptr(),
+            (ctypes.c_void_p * len(rows.tables))(*(one.data_ptr() for one in rows.tables)),
+            settings.widths.data_ptr(),
+            settings.attended.data_ptr(),
             out.data_ptr(),
             pool.data_ptr(),
         )
         layers = ctypes.byref(self._layers, first * ctypes.sizeof(_Layer))
         self._call(ctypes.byref(self._model), layers, ctypes.byref(step), torch.get_num_threads())
         return out
+
+    def _check(self, rows: AttentionRows, pool: Tensor, num_rows: int, num_layers: int) -> None:
+        """That every place which the call goes to lies in the tensors."""
+        shape, tables = self._shape, rows.tables
+        assert (rows.block_tokens, rows.page_layers, rows.window) == (
+            shape.block_tokens,
+            shape.page_layers,
+            shape.window,
+        )
+        assert pool.shape[1:] == (shape.block_tokens, shape.num_kv_heads * shape.head_dim), pool.shape
+        assert num_layers <= len(tables) * shape.page_layers, (num_layers, len(tables))
+        assert all(one.shape == tables[0].shape for one in tables), tables
+        assert all(one.shape == (num_rows,) for one in (rows.positions, rows.sequences)), rows
+        assert rows.writes is None or (rows.writes.shape, rows.writes.dtype) == ((num_rows,), torch.bool), rows.writes
+        assert all(one.dtype == torch.int64 for one in (rows.positions, rows.sequences, *tables))
+        assert all(one.is_contiguous() for one in (rows.positions, rows.sequences, pool, *tables))
+        most_positions = min(self._num_positions, tables[0].shape[1] * shape.block_tokens)
+        for places, end in ((rows.positions, most_positions), (rows.sequences, len(tables[0]))):
+            lowest, highest = (int(one) for one in places.aminmax())
+            assert 0 <= lowest <= highest < end, places

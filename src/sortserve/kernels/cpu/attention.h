@@ -1,9 +1,14 @@
-// Attention of one row over the pages of its sequence, and what comes before it: norm and rotation of heads, K/V written.
+// Attention over the pages of a sequence, and what comes before it: norm and rotation of heads, K/V written.
 //
 //   scores[t] = q k[t] / sqrt(size),   out = sum_t softmax(scores)[t] v[t],   t over the positions that the row sees
 //
-// Sums, softmax and its weights are float32. The query heads that share a K/V head go together: its keys and values are
-// made float32 once, 16 tokens at a time. A row is computed by itself, so its bits do not depend on the rows beside it.
+// Sums, softmax and its weights are float32. What shares a K/V head goes together: the query heads on it, of a few rows of
+// the sequence. Its keys and values are made float32 once for them all, 16 tokens at a time, which is half of the work for
+// a few heads and a tenth for thirty. The softmax is kept up by blocks of tokens (Milakov & Gimelshein, arXiv 1805.02867),
+// so scores stay in the first caches however long the context.
+//
+// Blocks and tiles begin at multiples of their size, whatever a row sees of them, and what it does not see adds nothing to
+// its sums: a row's bits depend neither on the rows beside it nor on the chunk that it came in.
 
 #pragma once
 
@@ -15,18 +20,30 @@
 
 namespace {
 
-int64_t whole(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t kBlock = 128;      // tokens that are scored before their values are added up
+constexpr int64_t kMostHeads = 32;   // query heads, of one row or several, that go together if one row has no more
+constexpr int kTogether = 8;         // of them that are multiplied at a time
 
 // Where K and V of one layer lie: rows of `tokens`, one a token.
 struct Pages {
   Rows tokens;            // [all token slots of the pool, K/V heads * size]
-  const int64_t* blocks;  // [rows][most_blocks]: the pool's row, in blocks, of the K of the page's first layer
+  const int64_t* blocks;  // [sequences][most_blocks]: the pool's row, in blocks, of the K of the page's first layer
   int64_t most_blocks, block_tokens, layer, value_after;
 
-  int64_t key(int64_t row, int64_t position) const {
-    return (blocks[row * most_blocks + position / block_tokens] + layer) * block_tokens + position % block_tokens;
+  int64_t slot(int64_t sequence, int64_t block, int64_t place) const {
+    return (blocks[sequence * most_blocks + block] + layer) * block_tokens + place;
   }
-  int64_t value(int64_t row, int64_t position) const { return key(row, position) + value_after; }
+  int64_t key(int64_t sequence, int64_t position) const {
+    return slot(sequence, position / block_tokens, position % block_tokens);
+  }
+  // slots[i]: the key of token from + i, up to `end`
+  void keys(int64_t sequence, int64_t from, int64_t end, int64_t* slots) const {
+    int64_t block = from / block_tokens, place = from % block_tokens;
+    for (; from < end; ++from, ++slots) {
+      *slots = slot(sequence, block, place);
+      if (++place == block_tokens) place = 0, ++block;
+    }
+  }
 };
 
 // to = x / sqrt(mean(x^2) + eps) * weight over `size` columns of a row; may be in place.
@@ -56,118 +73,179 @@ void rotate(const Rows& from, int64_t row, int64_t column, const Rows& to, int64
   }
 }
 
-// The sums of 16 vectors, as a vector.
-__m512 sum_each(const __m512* x) {
-  __m512 quads[4];
-  for (int i = 0; i < 4; ++i) {
-    __m512d pairs[2];
-    for (int j = 0; j < 2; ++j) {
-      const __m512 a = x[4 * i + 2 * j], b = x[4 * i + 2 * j + 1];
-      pairs[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    }
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pairs[0], pairs[1])),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[0], pairs[1])));
+// to[line][16] = [to +] sum_i a[line][i] b[i][16]
+template <int kLines, bool kAdds>
+void combine(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count, float* to,
+             int64_t to_stride) {
+  __m512 sums[kLines];
+  for (int line = 0; line < kLines; ++line)
+    sums[line] = kAdds ? _mm512_loadu_ps(to + line * to_stride) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; ++i) {
+    const __m512 part = _mm512_loadu_ps(b + i * b_stride);
+#pragma GCC unroll 8
+    for (int line = 0; line < kLines; ++line)
+      sums[line] = _mm512_fmadd_ps(_mm512_set1_ps(a[line * a_stride + i]), part, sums[line]);
   }
-  const auto folded = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return folded(folded(quads[0], quads[1]), folded(quads[2], quads[3]));
+  for (int line = 0; line < kLines; ++line) _mm512_storeu_ps(to + line * to_stride, sums[line]);
 }
 
-// One thread's attention of `share` query heads over one K/V head.
+using Combine = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+#define COMBINE(adds)                                                                                     \
+  {nullptr, combine<1, adds>, combine<2, adds>, combine<3, adds>, combine<4, adds>, combine<5, adds>, \
+   combine<6, adds>, combine<7, adds>, combine<8, adds>}
+constexpr Combine kSet[kTogether + 1] = COMBINE(false), kAdd[kTogether + 1] = COMBINE(true);
+
+// Some rows of one sequence, beside each other, whose query heads go together.
+struct Piece {
+  int64_t row, rows, sequence;
+};
+
+// One thread's attention of a piece's query heads over one K/V head.
 class Attention {
  public:
-  Attention(int64_t share, int64_t size, int64_t most_tokens)
+  // `share`: query heads on a K/V head; `window`: positions that a row sees, 0: all up to its own
+  Attention(int64_t share, int64_t size, int64_t window)
       : share_(share),
         size_(size),
-        stride_(whole(size)),
-        most_(whole(most_tokens)),
-        query_(share * stride_),
-        out_(share * stride_),
-        tile_(kLanes * stride_),
-        scores_(share * most_),
-        sums_(share) {}
+        window_(window),
+        stride_((size + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes),
+        query_(most_rows(share) * share * stride_),
+        out_(query_.size()),
+        keys_(stride_ * kLanes),
+        values_(kLanes * stride_),
+        scores_(most_rows(share) * share * kBlock),
+        most_(most_rows(share) * share),
+        sums_(most_.size()) {}
 
-  // Query heads at `column` of `queries` over positions [begin, end) of the K/V head at `key_column`, to `out`.
-  void run(const Rows& queries, int64_t row, int64_t column, const Pages& pages, int64_t key_column, int64_t begin,
-           int64_t end, const Rows& out) {
-    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(size_)));
-    for (int64_t head = 0; head < share_; ++head)
-      for (int64_t i = 0; i < size_; i += kLanes) {
-        const __m512 part = queries.load(row, column + head * size_ + i, first(size_ - i));
-        _mm512_storeu_ps(&query_[head * stride_ + i], _mm512_mul_ps(part, scale));
-      }
-    for (int64_t from = begin; from < end; from += kLanes) score(pages, row, key_column, begin, from, end);
-    for (int64_t head = 0; head < share_; ++head) sums_[head] = soften(&scores_[head * most_], end - begin);
+  static int64_t most_rows(int64_t share) { return std::max<int64_t>(1, kMostHeads / share); }
+
+  // Of the rows with attended[row] > 0, query heads at `column` over the K/V head at `key_column`, to `out`.
+  void run(const Piece& piece, const int32_t* attended, const int64_t* positions, const Rows& queries, int64_t column,
+           const Pages& pages, int64_t key_column, const Rows& out) {
+    seen_.clear();
+    for (int64_t row = piece.row; row < piece.row + piece.rows; ++row)
+      if (attended[row] > 0) take_query(queries, row, column, positions[row] + 1);
+    if (seen_.empty()) return;
     std::fill(out_.begin(), out_.end(), 0.0f);
-    for (int64_t from = begin; from < end; from += kLanes) gather(pages, row, key_column, begin, from, end);
-    for (int64_t head = 0; head < share_; ++head)
+    std::fill(sums_.begin(), sums_.end(), 0.0f);
+    std::fill(most_.begin(), most_.end(), -std::numeric_limits<float>::infinity());
+    int64_t begin = seen_[0].begin, end = seen_[0].end;
+    for (const Seen& seen : seen_) begin = std::min(begin, seen.begin), end = std::max(end, seen.end);
+    for (int64_t from = begin / kBlock * kBlock; from < end; from += kBlock)
+      add_block(pages, piece.sequence, key_column, std::max(from, begin / kLanes * kLanes), from,
+                std::min(from + kBlock, end));
+    for (int64_t head = 0; head < heads(); ++head)
       for (int64_t i = 0; i < size_; i += kLanes) {
         const __m512 part = _mm512_div_ps(_mm512_loadu_ps(&out_[head * stride_ + i]), _mm512_set1_ps(sums_[head]));
-        out.store(row, column + head * size_ + i, first(size_ - i), part);
+        out.store(seen_[head / share_].row, column + head % share_ * size_ + i, first(size_ - i), part);
       }
   }
 
  private:
-  // Keys or values of 16 tokens as float32, zero from `end` on.
-  template <class Slot>
-  void widen_tile(const Rows& tokens, int64_t column, int64_t from, int64_t end, Slot slot) {
-    for (int64_t token = 0; token < kLanes; ++token) {
-      const int64_t at = from + token < end ? slot(from + token) : 0;
+  struct Seen {
+    int64_t row, begin, end;  // sees positions [begin, end)
+  };
+
+  int64_t heads() const { return seen_.size() * share_; }
+
+  void take_query(const Rows& queries, int64_t row, int64_t column, int64_t end) {
+    const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(static_cast<float>(size_)));
+    float* query = &query_[heads() * stride_];
+    for (int64_t head = 0; head < share_; ++head, query += stride_)
       for (int64_t i = 0; i < size_; i += kLanes) {
-        const __mmask16 mask = from + token < end ? first(size_ - i) : 0;
-        _mm512_storeu_ps(&tile_[token * stride_ + i], tokens.load(at, column + i, mask));
+        const __m512 part = queries.load(row, column + head * size_ + i, first(size_ - i));
+        _mm512_storeu_ps(query + i, _mm512_mul_ps(part, scale));
+      }
+    seen_.push_back({row, window_ > 0 ? std::max<int64_t>(0, end - window_) : 0, end});
+  }
+
+  // Tokens [begin, end) of the block that starts at `from`; `begin` is the start of a tile.
+  void add_block(const Pages& pages, int64_t sequence, int64_t column, int64_t begin, int64_t from, int64_t end) {
+    int64_t slots[kBlock];
+    pages.keys(sequence, begin, end, slots);
+    for (int64_t at = begin; at < end; at += kLanes) {
+      take_keys(pages.tokens, column, slots + (at - begin), end - at);
+      each(kSet, query_.data(), stride_, keys_.data(), kLanes, size_, &scores_[at - from], kBlock);
+    }
+    for (int64_t head = 0; head < heads(); ++head) soften(head, begin, from, end);
+    for (int64_t at = begin; at < end; at += kLanes) {
+      take_values(pages, column, slots + (at - begin), end - at);
+      for (int64_t i = 0; i < size_; i += kLanes)
+        each(kAdd, &scores_[at - from], kBlock, &values_[i], stride_, kLanes, &out_[i], stride_);
+    }
+  }
+
+  // All heads through `kind`.
+  void each(const Combine* kind, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count,
+            float* to, int64_t to_stride) const {
+    for (int64_t head = 0; head < heads(); head += kTogether)
+      kind[std::min<int64_t>(kTogether, heads() - head)](a + head * a_stride, a_stride, b, b_stride, count,
+                                                         to + head * to_stride, to_stride);
+  }
+
+  // keys_[i][token] of `count` tokens as float32, zero for the rest of 16.
+  void take_keys(const Rows& tokens, int64_t column, const int64_t* slots, int64_t count) {
+    const int64_t per_word = tokens.wide ? 1 : 2;
+    for (int64_t i = 0; i < size_; i += kLanes * per_word) {
+      __m512i words[kLanes];
+      for (int64_t token = 0; token < kLanes; ++token)
+        words[token] = token < count ? tokens.words(slots[token], column + i, size_ - i) : _mm512_setzero_si512();
+      transpose(words);
+      float* to = &keys_[i * kLanes];
+      for (const __m512i word : words) {
+        if (!tokens.wide) {
+          _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_slli_epi32(word, 16)));
+          to += kLanes;
+        }
+        const __m512i high = tokens.wide ? word : _mm512_and_si512(word, _mm512_set1_epi32(0xffff0000));
+        _mm512_storeu_ps(to, _mm512_castsi512_ps(high));
+        to += kLanes;
       }
     }
   }
 
-  void score(const Pages& pages, int64_t row, int64_t column, int64_t begin, int64_t from, int64_t end) {
-    widen_tile(pages.tokens, column, from, end, [&](int64_t position) { return pages.key(row, position); });
-    for (int64_t head = 0; head < share_; ++head) {
-      __m512 sums[kLanes] = {};
+  // values_[token][i] of `count` tokens as float32, zero for the rest of 16.
+  void take_values(const Pages& pages, int64_t column, const int64_t* slots, int64_t count) {
+    for (int64_t token = 0; token < kLanes; ++token)
       for (int64_t i = 0; i < size_; i += kLanes) {
-        const __m512 query = _mm512_loadu_ps(&query_[head * stride_ + i]);
-#pragma GCC unroll 16
-        for (int token = 0; token < kLanes; ++token)
-          sums[token] = _mm512_fmadd_ps(query, _mm512_loadu_ps(&tile_[token * stride_ + i]), sums[token]);
+        const __m512 part = token < count
+                                ? pages.tokens.load(slots[token] + pages.value_after, column + i, first(size_ - i))
+                                : _mm512_setzero_ps();
+        _mm512_storeu_ps(&values_[token * stride_ + i], part);
       }
-      const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-      _mm512_storeu_ps(&scores_[head * most_ + from - begin],
-                       _mm512_mask_mov_ps(none, first(end - from), sum_each(sums)));
-    }
   }
 
-  // Scores to weights that have the returned sum.
-  static float soften(float* scores, int64_t count) {
-    __m512 most = _mm512_loadu_ps(scores), sum = _mm512_setzero_ps();
-    for (int64_t i = kLanes; i < count; i += kLanes) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i));
-    const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const __m512 part = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), largest));
-      const __m512 weight = _mm512_maskz_mov_ps(first(count - i), part);
-      _mm512_storeu_ps(scores + i, weight);
+  // A head's scores of tokens [begin, end) to weights, zero where its row does not see; its sums so far are scaled to the
+  // largest score that there is now.
+  void soften(int64_t head, int64_t begin, int64_t from, int64_t end) {
+    const Seen& seen = seen_[head / share_];
+    float* scores = &scores_[head * kBlock] - from;
+    const auto sees = [&](int64_t at) { return first(seen.end - at) & ~first(seen.begin - at); };
+    __m512 most = _mm512_set1_ps(most_[head]), sum = _mm512_setzero_ps();
+    for (int64_t at = begin; at < end; at += kLanes)
+      most = _mm512_mask_max_ps(most, sees(at), most, _mm512_loadu_ps(scores + at));
+    const float largest = _mm512_reduce_max_ps(most);
+    for (int64_t at = begin; at < end; at += kLanes) {
+      const __m512 part = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + at), _mm512_set1_ps(largest)));
+      const __m512 weight = _mm512_maskz_mov_ps(sees(at), part);
+      _mm512_storeu_ps(scores + at, weight);
       sum = _mm512_add_ps(sum, weight);
     }
-    return _mm512_reduce_add_ps(sum);
-  }
-
-  // out += weights * values of 16 tokens
-  void gather(const Pages& pages, int64_t row, int64_t column, int64_t begin, int64_t from, int64_t end) {
-    widen_tile(pages.tokens, column, from, end, [&](int64_t position) { return pages.value(row, position); });
-    for (int64_t head = 0; head < share_; ++head) {
-      const float* weights = &scores_[head * most_ + from - begin];
-      for (int64_t i = 0; i < size_; i += kLanes) {
-        __m512 sum = _mm512_loadu_ps(&out_[head * stride_ + i]);
-#pragma GCC unroll 16
-        for (int token = 0; token < kLanes; ++token)
-          sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[token]), _mm512_loadu_ps(&tile_[token * stride_ + i]), sum);
-        _mm512_storeu_ps(&out_[head * stride_ + i], sum);
-      }
+    if (largest != most_[head]) {
+      const __m512 scale = exponential(_mm512_set1_ps(most_[head] - largest));
+      sums_[head] *= _mm512_cvtss_f32(scale);
+      for (float* out = &out_[head * stride_]; out < &out_[head * stride_] + size_; out += kLanes)
+        _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_loadu_ps(out), scale));
+      most_[head] = largest;
     }
+    sums_[head] += _mm512_reduce_add_ps(sum);
   }
 
-  const int64_t share_, size_, stride_, most_;
-  std::vector<float> query_, out_, tile_, scores_, sums_;
+  const int64_t share_, size_, window_, stride_;
+  std::vector<Seen> seen_;                     // of the piece's rows that attend
+  std::vector<float> query_, out_;             // [heads][stride]
+  std::vector<float> keys_, values_, scores_;  // [stride][16], [16][stride], [heads][kBlock]
+  std::vector<float> most_, sums_;             // [heads]: the largest score and the sum of weights so far
 };
 
 }  // namespace

@@ -1,11 +1,13 @@
-// Decoder layers for rows that are each a sequence's next token: one parallel region from the first layer to the last.
+// Decoder layers for the rows of a step: one parallel region from the first layer to the last.
 //
 //   q, k, v = W_qkv norm(x) + b;   q, k = rotate([norm] q), rotate([norm] k);   k and v go to the row's page
 //   x += W_o attention(q, pages);  x += ffn(norm(x))
 //
 // A call from Python for each part costs more than most parts take: what it touches has left the caches since the last
 // layer. Numbers are rounded to the rows' own type where the parts would hand them on, so that both ways agree.
-// A row may skip its attention (its K/V are written all the same) or run any part of the FFN in each layer.
+// A row may skip its attention (its K/V are written all the same) or run any part of the FFN in each layer. A sequence may
+// have several rows, beside each other: all K/V of a layer are written before any row attends, and each sees the positions
+// up to its own. One whose K/V are there already leaves them as they are.
 
 #pragma once
 
@@ -30,10 +32,11 @@ struct Model {
 
 struct Step {
   int64_t rows, layers, most_blocks;
-  const int64_t* positions;      // [rows]
-  const int64_t* const* blocks;  // by page of the segment: [rows][most_blocks]
-  const int32_t* widths;         // [layers][rows]
-  const int32_t* attended;       // [layers][rows]: heads * size, or 0 for a row that does not attend
+  const int64_t *positions, *sequences;  // [rows]
+  const bool* writes;                    // [rows]; null: all write their K/V
+  const int64_t* const* blocks;          // by page of the segment: [sequences][most_blocks]
+  const int32_t* widths;                 // [layers][rows]
+  const int32_t* attended;               // [layers][rows]: heads * size, or 0 for a row that does not attend
   void *hidden, *pool;           // in and out [rows][hidden]; K/V
 };
 
@@ -50,7 +53,8 @@ class Passage {
         hidden_{static_cast<char*>(step.hidden), layer.qkv->inputs, model.wide != 0},
         normed_(make(layer.qkv->inputs)),
         heads_(make(qkv_size_)),
-        attended_(make(layer.output->inputs)) {}
+        attended_(make(layer.output->inputs)),
+        pieces_(pieces_of(step, Attention::most_rows(model.heads / model.key_heads))) {}
 
   // By a whole team.
   void run(const Layer& layer, int64_t number, Attention& attention) const {
@@ -62,15 +66,14 @@ class Passage {
     for (int64_t row = 0; row < step_.rows; ++row) place(layer, pages, row);
     const int64_t share = model_.heads / model_.key_heads;
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < step_.rows * model_.key_heads; ++item) {
-      const int64_t row = item / model_.key_heads, head = item % model_.key_heads;
-      if (attended[row] == 0) continue;
-      const int64_t end = step_.positions[row] + 1;
-      const int64_t begin = model_.window > 0 ? std::max<int64_t>(0, end - model_.window) : 0;
-      attention.run(heads_, row, head * share * model_.size, pages, head * model_.size, begin, end, attended_);
+    for (int64_t item = 0; item < static_cast<int64_t>(pieces_.size()) * model_.key_heads; ++item) {
+      const int64_t head = item % model_.key_heads;
+      attention.run(pieces_[item / model_.key_heads], attended, step_.positions, heads_, head * share * model_.size,
+                    pages, head * model_.size, attended_);
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < step_.rows; ++row) take(context_, attended_, row, attended_.size);
+    for (int64_t row = 0; row < step_.rows; ++row)
+      if (attended[row] > 0) take(context_, attended_, row, attended_.size);
     project(*layer.output, context_, ffn_.tiling, attended, &hidden_, hidden_);
     take_normed(layer.post_norm, hidden_.size);
     ffn_.run(*layer.gate_up, *layer.down, step_.widths + number * step_.rows, hidden_, hidden_);
@@ -78,8 +81,21 @@ class Passage {
 
  private:
   Rows make(int64_t size) {
-    owned_.emplace_back(new char[step_.rows * size * 4]());
+    owned_.emplace_back(new char[step_.rows * size * (model_.wide ? 4 : 2)]);
     return Rows{owned_.back().get(), size, model_.wide != 0};
+  }
+
+  // Rows in pieces of at most `most`, those that see the longest contexts first: the last ones to end are short then.
+  static std::vector<Piece> pieces_of(const Step& step, int64_t most) {
+    std::vector<Piece> pieces;
+    for (int64_t row = 0; row < step.rows; ++row) {
+      const bool goes_on = row > 0 && step.sequences[row] == step.sequences[row - 1] && pieces.back().rows < most;
+      if (goes_on) ++pieces.back().rows;
+      else pieces.push_back({row, 1, step.sequences[row]});
+    }
+    const auto last = [&](const Piece& piece) { return step.positions[piece.row + piece.rows - 1]; };
+    std::stable_sort(pieces.begin(), pieces.end(), [&](const Piece& a, const Piece& b) { return last(a) > last(b); });
+    return pieces;
   }
 
   Pages pages_of(int64_t number) const {
@@ -103,16 +119,18 @@ class Passage {
   // Norm and rotation of a row's heads; its K and V go to their page.
   void place(const Layer& layer, const Pages& pages, int64_t row) const {
     const int64_t size = model_.size, position = step_.positions[row], values = qkv_size_ - kv_size_;
-    const int64_t key = pages.key(row, position), value = pages.value(row, position);
+    const bool writes = step_.writes == nullptr || step_.writes[row];
+    const int64_t key = pages.key(step_.sequences[row], position);
     const float* rotation = model_.rotations + position * size;
     for (int64_t head = 0; head < model_.heads + model_.key_heads; ++head) {
       const bool is_key = head >= model_.heads;
+      if (is_key && !writes) return;
       const float* weight = is_key ? layer.key_norm : layer.query_norm;
       if (weight != nullptr) normalise(heads_, heads_, row, head * size, size, weight, model_.eps);
       rotate(heads_, row, head * size, is_key ? pages.tokens : heads_, is_key ? key : row,
              (is_key ? head - model_.heads : head) * size, size, rotation);
     }
-    std::memcpy(pages.tokens.at(value, 0), heads_.at(row, values), kv_size_ * (model_.wide ? 4 : 2));
+    std::memcpy(pages.tokens.at(key + pages.value_after, 0), heads_.at(row, values), kv_size_ * (model_.wide ? 4 : 2));
   }
 
   const Model& model_;
@@ -122,14 +140,14 @@ class Passage {
   const Lines context_;
   std::vector<std::unique_ptr<char[]>> owned_;
   const Rows hidden_, normed_, heads_, attended_;
+  const std::vector<Piece> pieces_;
 };
 
 void run_layers(const Model& model, const Layer* first, const Step& step, int threads) {
   const Passage passage(model, *first, step);
-  const int64_t longest = *std::max_element(step.positions, step.positions + step.rows) + 1;
 #pragma omp parallel num_threads(threads)
   {
-    Attention attention(model.heads / model.key_heads, model.size, longest);
+    Attention attention(model.heads / model.key_heads, model.size, model.window);
     for (int64_t number = 0; number < step.layers; ++number) passage.run(first[number], number, attention);
   }
 }

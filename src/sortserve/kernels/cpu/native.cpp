@@ -44,7 +44,7 @@ void ffn(const Matrix* gate_up, const Matrix* down, int64_t rows, const int32_t*
   }
 }
 
-// Single rows through consecutive layers, in place.
+// A step's rows through consecutive layers, in place.
 void layers(const Model* model, const Layer* first, const Step* step, int threads) {
   run_layers(*model, first, *step, threads);
 }

@@ -216,11 +216,14 @@ void multiply(const Matrix& matrix, const Lines& lines, const Tiling& tiling, in
   }
 }
 
-// out = [residual +] x W^T + b. Rows of width 0 keep their residual.
+// out = [residual +] x W^T + b. Rows of width 0 keep their residual; tiles of them cost nothing where it is `out` itself.
 void project(const Matrix& matrix, const Lines& lines, const Tiling& tiling, const int32_t* widths,
              const Rows* residual, const Rows& out) {
   const auto inputs = [&](int64_t begin, int64_t end) { return widest(widths, begin, end, matrix.inputs); };
-  const auto wanted = [](int64_t, int64_t, int64_t) { return true; };
+  const bool in_place = residual != nullptr && residual->data == out.data;
+  const auto wanted = [&](int64_t begin, int64_t end, int64_t) {
+    return !in_place || widest(widths, begin, end, matrix.inputs) > 0;
+  };
   multiply(matrix, lines, tiling, matrix.pairs, inputs, wanted,
            [&](const Block& block, int64_t begin, int64_t end, int64_t pair) {
     for (int64_t row = begin; row < end; ++row)
@@ -283,7 +286,8 @@ struct Ffn {
     if (outer.bytes()) {
       const int64_t needed = (widest(widths, 0, tiling.rows, 0) + 63) / 64 * 64;
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < tiling.rows; ++row) cut(lines, inner, row, widths[row], needed);
+      for (int64_t row = 0; row < tiling.rows; ++row)
+        if (widths[row] > 0) cut(lines, inner, row, widths[row], needed);
     }
     project(down, lines, tiling, widths, &residual, out);
   }

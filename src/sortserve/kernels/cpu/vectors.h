@@ -39,11 +39,36 @@ struct Rows {
     if (wide) return _mm512_maskz_loadu_ps(mask, at(row, column));
     return widen(_mm256_maskz_loadu_epi16(mask, at(row, column)));
   }
+  // 16 words as they lie there, zero from `count` values on
+  __m512i words(int64_t row, int64_t column, int64_t count) const {
+    if (wide) return _mm512_maskz_loadu_epi32(first(count), at(row, column));
+    return _mm512_maskz_loadu_epi16(count >= 2 * kLanes ? ~0u : (1u << count) - 1, at(row, column));
+  }
   void store(int64_t row, int64_t column, __mmask16 mask, __m512 x) const {
     if (wide) return _mm512_mask_storeu_ps(at(row, column), mask, x);
     _mm256_mask_storeu_epi16(at(row, column), mask, narrow(x));
   }
 };
+
+// 16 vectors of 16 words, columns for rows.
+void transpose(__m512i* x) {
+  __m512i fours[kLanes];  // fours[4 i + c]: in quarter q column 4 q + c of rows 4 i to 4 i + 3
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(x[i], x[i + 1]), b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]), d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+    fours[i] = _mm512_unpacklo_epi64(a, c), fours[i + 1] = _mm512_unpackhi_epi64(a, c);
+    fours[i + 2] = _mm512_unpacklo_epi64(b, d), fours[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const auto quarters = [](__m512i a, __m512i b, bool odd) {
+      return odd ? _mm512_shuffle_i32x4(a, b, 0xdd) : _mm512_shuffle_i32x4(a, b, 0x88);
+    };
+    for (const bool odd : {false, true}) {
+      const __m512i above = quarters(fours[c], fours[4 + c], odd), below = quarters(fours[8 + c], fours[12 + c], odd);
+      x[4 * odd + c] = quarters(above, below, false), x[8 + 4 * odd + c] = quarters(above, below, true);
+    }
+  }
+}
 
 // e^x to 2 units in the last place: 2^n e^f with |f| <= ln(2) / 2, e^f by its series.
 __m512 exponential(__m512 x) {
