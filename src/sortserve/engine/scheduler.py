@@ -222,7 +222,6 @@ class Scheduler:
             self._max_step_tokens,
             self._max_running,
             FEATURES,
-            max(1, self.decider.steps),
             coming,
             self._acceptance.traffic,
         )

@@ -93,7 +93,6 @@ class RequestTable:
         step_tokens: int,
         max_running: int,
         features: frozenset[str],
-        steps: int = 1,
         coming: Collection[str] = (),
         traffic: Traffic | None = None,
     ) -> View:
@@ -136,7 +135,6 @@ class RequestTable:
             tokens_since_switch=num_output - moving[:, 5],
             confidence=confidence,
             within=self._within(),
-            steps=steps,
             starts=0.0 if traffic is None else traffic.rate(now),
             start_rows=0.0 if traffic is None else traffic.rows,
         )

@@ -105,15 +105,6 @@ def test_costs_of_a_step_down_and_of_a_refill() -> None:
     assert cost[0, 3] - cost[1, 3] == pytest.approx(refill, rel=0.01)
 
 
-def test_a_factor_scales_every_time() -> None:
-    view = view_of({"ran": 3, "total": 1.0}, {"num_prompt": 200, "total": 1.0})
-    prices = Prices.of(view.cost, view.rungs, 64)
-    one, three = (
-        Outlook(view, prices, factor=factor).foresee(np.full((1, 2), 3), np.array([64.0])) for factor in (1, 3)
-    )
-    assert three.last == pytest.approx(3 * one.last)
-
-
 def test_an_empty_view() -> None:
     view = view_of()
     assert len(view) == 0

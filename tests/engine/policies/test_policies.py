@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from sortserve.engine.policies.admission import PATIENCE_SECONDS, SHARE_STEPS
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, Reason, View
 from sortserve.engine.policies.registry import POLICY_NAMES, make_policy
-from sortserve.engine.policies.slack import Slack
 from tests.engine.policies.views import DEPTHS, WIDTHS, machine, view_of
 
 PREDICTING = tuple(name for name in POLICY_NAMES if name != "fixed")
@@ -238,33 +236,3 @@ def test_names_and_options_are_checked() -> None:
     with pytest.raises(ValueError, match="no signal 'none'; there are: maximum, q-exit"):
         make_policy("confidence", DEPTHS, signal="none")
     assert make_policy("fixed", DEPTHS, place=1).decide(view_of({})).place[0] == 1
-
-
-# ---- feedback
-
-
-def step_by(policy: Slack, view: View, times: list[float]) -> Slack:
-    """Decisions at these times, between which every running row made one token."""
-    for number, now in enumerate(times):
-        made = np.where(view.running, view.num_output + number, view.num_output)
-        computed = view.computed + np.where(view.running, number, 0)[:, None]
-        policy.decide(replace(view, now=now, num_output=made, computed=computed))
-    return policy
-
-
-def test_step_times_that_are_wrong_by_three_are_learned() -> None:
-    view = view_of({"ran": FULL, "total": 60.0}, {"ran": FULL, "total": 50.0, "arrival": 0.01})
-    policy = step_by(Slack(), view, [0.021 * i for i in range(40)])
-    assert policy.clock.factor == pytest.approx(3.0, rel=0.01)
-
-
-def test_a_clock_that_jumps_is_not_a_slow_step() -> None:
-    view = view_of({"ran": FULL, "total": 60.0}, {"ran": FULL, "total": 50.0, "arrival": 0.01})
-    steady = [0.007 * i for i in range(20)]
-    jumps = [*steady, *(100 + t for t in steady), *(t - 50 for t in steady)]
-    assert step_by(Slack(), view, jumps).clock.factor == pytest.approx(1.0, rel=0.01)
-
-
-def test_pauses_between_steps_are_not_slow_steps() -> None:
-    view = view_of({"ran": FULL, "total": 600.0}, {"ran": FULL, "total": 500.0, "arrival": 0.01})
-    assert step_by(Slack(), view, [10.0 * i for i in range(30)]).clock.factor == 1.0

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sortserve.engine.policies.admission import settle, turned_away
-from sortserve.engine.policies.clock import Clock
+from sortserve.engine.policies.lookout import Lookout
 from sortserve.engine.policies.protocol import NEVER_RAN, Decision, Reason, View
 from sortserve.engine.rungs import Floats, Ints
 
@@ -25,16 +25,15 @@ class RejectOnly:
     name = "reject-only"
 
     def __init__(self) -> None:
-        self._clock = Clock()
+        self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
         """See the class."""
-        outlook = self._clock.look(view)
+        outlook = self._lookout.look(view)
         forecast = outlook.foresee(view.ceiling[None], chunks(view, 1))
-        self._clock.note(view, forecast, 0)
         dropped = turned_away(outlook, forecast.late(view)[0], outlook.hopeless(view.ceiling))
         reason = reasons(view, view.ceiling, Reason.FIXED)
-        return settle(outlook, view.ceiling, reason, dropped, view.step_tokens, self._clock.decisions)
+        return settle(outlook, view.ceiling, reason, dropped, view.step_tokens, self._lookout.decisions)
 
 
 class AdmissionOnly:
@@ -44,21 +43,20 @@ class AdmissionOnly:
 
     def __init__(self, margin: float = 1.2) -> None:
         self._margin = margin
-        self._clock = Clock()
+        self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
         """See the class."""
-        outlook = self._clock.look(view)
+        outlook = self._lookout.look(view)
         caps = np.arange(len(view.rungs.exits))[:, None]
         bounded = np.clip(caps, view.floor, view.ceiling)
         place = np.where(view.place == NEVER_RAN, bounded, np.clip(view.place, view.floor, view.ceiling))
         forecast = outlook.foresee(place, chunks(view, len(caps)))
         late = (forecast.late(view, self._margin) & view.budgeted).sum(1)
         chosen = int(len(caps) - 1 - np.argmin(late[::-1]))
-        self._clock.note(view, forecast, chosen)
         dropped = turned_away(outlook, forecast.late(view)[chosen], outlook.hopeless(view.floor))
         reason = reasons(view, place[chosen], Reason.ADMISSION)
-        return settle(outlook, place[chosen], reason, dropped, view.step_tokens, self._clock.decisions)
+        return settle(outlook, place[chosen], reason, dropped, view.step_tokens, self._lookout.decisions)
 
 
 class GlobalCap:
@@ -71,11 +69,11 @@ class GlobalCap:
         self._margin, self._raise_margin, self._hold = margin, raise_margin, hold
         self._cap: int | None = None
         self._calm = 0  # steps
-        self._clock = Clock()
+        self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
         """See the class."""
-        outlook = self._clock.look(view)
+        outlook = self._lookout.look(view)
         full = view.rungs.full
         cap = full if self._cap is None else self._cap
         place = np.clip(np.arange(full + 1)[:, None], view.floor, view.ceiling)
@@ -91,7 +89,6 @@ class GlobalCap:
             if self._calm >= self._hold:
                 cap, self._calm = cap + 1, 0
         self._cap = cap
-        self._clock.note(view, forecast, cap)
         dropped = turned_away(outlook, forecast.late(view)[cap], outlook.hopeless(view.floor))
         reason = reasons(view, place[cap], Reason.OTHERS)
-        return settle(outlook, place[cap], reason, dropped, view.step_tokens, self._clock.decisions)
+        return settle(outlook, place[cap], reason, dropped, view.step_tokens, self._lookout.decisions)

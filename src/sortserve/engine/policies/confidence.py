@@ -16,7 +16,7 @@ import numpy as np
 
 from sortserve.engine.policies.admission import settle, turned_away
 from sortserve.engine.policies.baselines import chunks, reasons
-from sortserve.engine.policies.clock import Clock
+from sortserve.engine.policies.lookout import Lookout
 from sortserve.engine.policies.protocol import Decision, Reason, View
 from sortserve.engine.rungs import Floats, Ints
 
@@ -42,20 +42,19 @@ class Confidence:
             if not 0 < value < 1:
                 raise ValueError(f"{label} is {value}, must be between 0 and 1")
         self._threshold, self._signal, self._q, self._steepness = threshold, signal, q, steepness
-        self._clock = Clock()
+        self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
         """See the class."""
-        outlook = self._clock.look(view)
+        outlook = self._lookout.look(view)
         known = np.isfinite(view.confidence)
         sure = np.where(known, view.confidence, 0.0)
         exit = self._maximum(view, sure) if self._signal == "maximum" else self._q_exit(view, sure)
         place = np.where(known, _dearest(view, exit), view.ceiling)
         forecast = outlook.foresee(place[None], chunks(view, 1))
-        self._clock.note(view, forecast, 0)
         dropped = turned_away(outlook, forecast.late(view)[0], outlook.hopeless(view.ceiling))
         reason = reasons(view, place, Reason.CONFIDENCE)
-        return settle(outlook, place, reason, dropped, view.step_tokens, self._clock.decisions)
+        return settle(outlook, place, reason, dropped, view.step_tokens, self._lookout.decisions)
 
     def _maximum(self, view: View, sure: Floats) -> Ints:
         """[n] exits, counted from 0."""

@@ -189,7 +189,7 @@ class Market:
         span = _RATE_SHARE * self._allowed
         known = max(1.0 - float(np.exp(-(outlook.view.now - self._since) / span)), _LEAST_KNOWN)
         coming = self._each * (self._recent / (span * known))
-        supply = edges * self._utilisation / outlook.factor
+        supply = edges * self._utilisation
         first, last = self._due(outlook)
         each = np.arange(len(edges))
 

@@ -50,10 +50,8 @@ class Outlook:
     as along a handful of places.
     """
 
-    def __init__(self, view: View, prices: Prices, *, factor: float = 1.0) -> None:
-        """`factor`: measured over predicted step times."""
+    def __init__(self, view: View, prices: Prices) -> None:
         self.view, self.prices = view, prices
-        self.factor = factor
         self.depth = view.rungs.depths  # [places]
         self.left: Floats = view.expected_left.astype(np.float64)
         self.known: Floats = view.known.astype(np.float64)
@@ -112,11 +110,11 @@ class Outlook:
         """[n, places] who misses its deadline at a place even if the machine had nothing else to do, `margin` [n, places]
         times as slow as predicted."""
         every = np.arange(len(self.depth))[:, None]
-        return self._late_alone(every, self.rows.T, self.work.T, self.factor * margin.T).T
+        return self._late_alone(every, self.rows.T, self.work.T, margin.T).T
 
     def hopeless(self, place: Ints) -> Bools:
         """[n] who misses its deadline at `place` even if the machine had nothing else to do."""
-        return self._late_alone(place, self.of(self.rows, place), self.of(self.work, place), self.factor)
+        return self._late_alone(place, self.of(self.rows, place), self.of(self.work, place), 1.0)
 
     def _late_alone(self, place: Ints, rows: Floats, work: Floats, slower: Floats | float) -> Bools:
         """Of places [places, 1] or [n], with `rows` and `work` there."""
@@ -217,5 +215,5 @@ class Outlook:
             singles.sum(1),
             "mixed",
         )
-        mixed, decode, with_prompt, full = view.cost.seconds(shape) * self.factor
+        mixed, decode, with_prompt, full = view.cost.seconds(shape)
         return mixed, decode, steady_seconds(decode, with_prompt, full, view.starts)

@@ -72,7 +72,6 @@ class View:
     confidence: Floats  # [n] maximum probability of its last token at its exit; NaN before there is one
     within: Floats | None = None  # [n, exits] probability that the next token needs no deeper exit, by a trained head;
     # NaN where unknown; None: there is no head, or nobody has a token yet
-    steps: int = 1  # steps run since the policy was asked last
     starts: float = 0.0  # requests that begin a second, of late
     start_rows: float = 0.0  # prompt rows of one of them, on average
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from sortserve.engine.policies.admission import settle, turned_away
-from sortserve.engine.policies.clock import Clock
+from sortserve.engine.policies.lookout import Lookout
 from sortserve.engine.policies.market import LEVELS, Bids, Market
 from sortserve.engine.policies.outlook import Forecast, Outlook
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Reason, View
@@ -86,11 +86,11 @@ class Slack:
         self._attainment, self._hold_tokens, self._turn = attainment, hold_tokens, turn
         self._setting = Setting()
         self._market = Market(utilisation, attainment)
-        self.clock = Clock()
+        self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
         """See the module."""
-        outlook = self.clock.look(view)
+        outlook = self._lookout.look(view)
         value = self._value(outlook)
         worth = self._worth(outlook, value)
         self._market.learn(outlook, worth)
@@ -98,9 +98,9 @@ class Slack:
         is_old = self._market.is_old(view.now)
         if is_old:  # after a pause: what was found then is of another load
             self._setting = Setting()
-        if is_old or self.clock.decisions % 2 == 0:  # in turns with the search
+        if is_old or self._lookout.decisions % 2 == 0:  # in turns with the search
             self._market.clear(outlook, bids)
-        settings = neighbours(self._setting, len(view.rungs.exits), self.clock.decisions)
+        settings = neighbours(self._setting, len(view.rungs.exits), self._lookout.decisions)
         asked = sorted({s.surcharge for s in settings})
         which = [asked.index(s.surcharge) for s in settings]
         ahead, rest = (
@@ -121,19 +121,18 @@ class Slack:
         tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None], view.floor[None]])
         chunk = np.array([*(_PARTS[s.part] for s in (*settings, self._setting)), _FEW]) * view.step_tokens
         forecast = outlook.foresee(tried, chunk)
-        waste = self._market.price_of(outlook.prices.fixed * outlook.factor / np.maximum(forecast.step, 1e-9))
+        waste = self._market.price_of(outlook.prices.fixed / np.maximum(forecast.step, 1e-9))
         margin = [self._relax_margin if s.relaxes(self._setting) else self._margin for s in settings]
         late = forecast.late(view, np.array([*margin, 1.0, 1.0]))
         chosen = self._best(outlook, value, settings, late[:-2], np.where(dropped, SITS_OUT, place), waste[:-2])
         self._setting = settings[chosen]
-        self.clock.note(view, forecast, chosen)
         few, many = late[-2:]
         gone = dropped[chosen] | turned_away(outlook, few & many, hopeless)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
-        if self._setting.pause and self.clock.decisions % self._turn and "sit_out" in view.capabilities:
+        if self._setting.pause and self._lookout.decisions % self._turn and "sit_out" in view.capabilities:
             final = np.where(~view.budgeted & view.running, SITS_OUT, final)
-        return settle(outlook, final, reason, gone, int(chunk[chosen]), self.clock.decisions)
+        return settle(outlook, final, reason, gone, int(chunk[chosen]), self._lookout.decisions)
 
     def _floor_will_do(self, outlook: Outlook) -> bool:
         """Whether everybody would be in time at the floor, with the margin to spare, and nobody without a budget waits for
@@ -199,9 +198,9 @@ class Slack:
         best = np.where(view.floor == view.ceiling, int(Reason.PINNED), int(Reason.BEST))
         if (place == view.ceiling).all():
             return best
-        factor = outlook.factor * (outlook.prices.row[view.ceiling] / outlook.depth[view.ceiling])
-        extra = (outlook.of(outlook.work, view.ceiling) - outlook.of(outlook.work, place)) * factor
-        alone = outlook.prices.alone * outlook.factor
+        each = outlook.prices.row[view.ceiling] / outlook.depth[view.ceiling]
+        extra = (outlook.of(outlook.work, view.ceiling) - outlook.of(outlook.work, place)) * each
+        alone = outlook.prices.alone
         slower = np.maximum(alone[view.ceiling] - alone[place], 0.0) * outlook.left
         own = forecast.last[chosen] + np.maximum(extra, slower) > view.last_due - view.now
         own |= (forecast.first[chosen] + extra > view.first_due - view.now) & (view.num_output == 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sortserve.engine.policies.admission import settle, turned_away
 from sortserve.engine.policies.baselines import reasons
-from sortserve.engine.policies.clock import Clock
+from sortserve.engine.policies.lookout import Lookout
 from sortserve.engine.policies.protocol import Decision, Reason, View
 from sortserve.engine.rungs import Bools, Floats
 
@@ -23,11 +23,11 @@ class SlackFit:
 
     def __init__(self, buckets: int = 16) -> None:
         self._buckets = buckets
-        self._clock = Clock()
+        self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
         """See the class."""
-        outlook = self._clock.look(view)
+        outlook = self._lookout.look(view)
         places = np.arange(view.floor[view.budgeted].min(initial=view.rungs.full), view.rungs.full + 1)
         place = np.clip(np.repeat(places, len(_PARTS))[:, None], view.floor, view.ceiling)
         chunk = np.tile(_PARTS * view.step_tokens, len(places))
@@ -42,10 +42,9 @@ class SlackFit:
             chosen = int(np.lexsort((chunk, np.repeat(places, len(_PARTS)), fits))[-1])
         else:
             chosen = int(np.lexsort((chunk, stretch))[-1])
-        self._clock.note(view, forecast, chosen)
         dropped = turned_away(outlook, forecast.late(view)[chosen], hopeless)
         reason = reasons(view, place[chosen], Reason.DEADLINE)
-        return settle(outlook, place[chosen], reason, dropped, int(chunk[chosen]), self._clock.decisions)
+        return settle(outlook, place[chosen], reason, dropped, int(chunk[chosen]), self._lookout.decisions)
 
     @staticmethod
     def _stretch(view: View, first: Floats, last: Floats, hopeless: Bools) -> Floats:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sortserve.engine.cost import StepCost, StepShape, with_signals
+from sortserve.engine.cost import CostTable, StepCost, StepShape, with_signals
+from sortserve.engine.cost_model import CostModel
 from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.policies.protocol import NEVER_RAN, Decision, Policy, Reason, View, wants_confidence
 from sortserve.engine.rungs import Floats, Ints, Rungs
@@ -33,7 +34,7 @@ class ReplicaConfig:
     rungs: Rungs
     cost: StepCost  # what steps take
     kv: KVSizes
-    believed: StepCost | None = None  # what the policy is told that steps take; None: the truth
+    believed: CostTable | None = None  # what the policy is told that steps take, until it is corrected; None: the truth
     step_tokens: int = 2048
     max_running: int = 256
     max_waiting: int = 1024
@@ -78,6 +79,7 @@ class Replica:
         self.live = Live(rungs.num_segments, len(rungs.exits))
         self.memory = Memory(rungs, config.kv, int(workload.group.max(initial=-1)) + 1)
         self._config = config
+        self._believed = None if config.believed is None else CostModel(config.believed)
         self._policy = policy
         self._workload = workload
         self._decision: Decision | None = None
@@ -143,7 +145,7 @@ class Replica:
         return View(
             now=self.now,
             rungs=config.rungs,
-            cost=config.believed or config.cost,
+            cost=self._believed or config.cost,
             step_tokens=config.step_tokens,
             max_running=config.max_running,
             capabilities=config.capabilities,
@@ -166,7 +168,6 @@ class Replica:
             next_due=next_due,
             tokens_since_switch=live.num_output - live.switched_at,
             confidence=live.confidence,
-            steps=max(1, self._since_asked),
             starts=self._foreteller.traffic.rate(self.now),
             start_rows=self._foreteller.traffic.rows,
         )
@@ -265,11 +266,14 @@ class Replica:
         """Charge and book the step, as often as it repeats without an arrival in between."""
         shape = shape_of(step.view, step.place, step.have, step.start, step.stop)
         count = step.repeats
+        first = shape
         if count > 1:
             shape = _repeated(shape, count, self._config.rungs.exits[step.place[step.ran]])
         seconds = np.atleast_1d(self._config.cost.seconds(shape))
         at = np.arange(self._num_steps, self._num_steps + count) % NOISE_STEPS
         seconds = seconds * self._noise[at]
+        if self._believed is not None:  # repeated steps count as one
+            self._believed.observe(first, float(seconds[0]))
         seconds[0] += self.now
         ends = np.cumsum(seconds)
         stalls = self._stalls[0][0] if self._stalls else np.inf

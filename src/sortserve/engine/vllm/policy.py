@@ -188,7 +188,6 @@ class PolicyDecider:
             next_due=upcoming,
             tokens_since_switch=ints("tokens_since_switch"),
             confidence=np.full(len(requests), np.nan),
-            steps=max(1, self._steps),
             starts=self._traffic.rate(now),
             start_rows=self._traffic.rows,
         )
