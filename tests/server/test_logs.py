@@ -212,7 +212,8 @@ def test_shown_prompts_are_short() -> None:
     from sortserve.engine.sampling import SamplingParams
     from sortserve.server.budget_headers import Terms
     from sortserve.server.logs import prompt_fields
-    from sortserve.server.prepare import Job, Prompt
+    from sortserve.server.prepare import Job
+    from sortserve.server.prompts import Prompt
 
     prompts = tuple(Prompt(tuple(b"y" * 5000), text) for text in ("x" * 5000, None) for _ in range(8))
     job = Job("completions", "id", 0, "m", prompts, 1, SamplingParams(), Terms(), 0.0, False)

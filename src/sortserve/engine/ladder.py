@@ -96,6 +96,13 @@ class Ladder:
         return cls.of(shape, entries)
 
     @classmethod
+    def of_folder(cls, folder: Path, shape: ModelShape, path: Path | None = None) -> "Ladder":
+        """What a model folder offers: the ladder of `path` if one is given, else of its `ladder.json`, else the default
+        one. Raises as `load`."""
+        own = folder / "ladder.json"
+        return cls.default(shape) if path is None and not own.is_file() else cls.load(path or own, shape)
+
+    @classmethod
     def load(cls, path: Path, shape: ModelShape) -> "Ladder":
         """Read `ladder.json`.
 

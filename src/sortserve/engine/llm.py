@@ -22,8 +22,6 @@ from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.text import Tokenizer
 from sortserve.engine.text_stream import TextStream
 
-_CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
-
 
 @dataclass(frozen=True, slots=True)
 class Completion:
@@ -97,7 +95,7 @@ class _Answer:
     """What has come of one answer so far."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt: Sequence[int]) -> None:
-        self._stream = TextStream(tokenizer, stop, prompt[-_CONTEXT_TOKENS:])
+        self._stream = TextStream(tokenizer, stop, prompt)
         self._text = ""
         self._tokens: list[int] = []
         self._submodels: list[str] = []

@@ -23,8 +23,6 @@ from sortserve.engine.text_stream import TextStream
 from sortserve.server.prepare import Job
 from sortserve.server.tool_calls import ToolCall, ToolCallParser
 
-_CONTEXT_TOKENS = 8  # of the prompt: enough to know that the answer continues something
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -56,7 +54,7 @@ class Answer:
         self._job = job
         self._tokenizer = tokenizer
         self._prompt = job.prompt_of(place)
-        self._stream = TextStream(tokenizer, job.sampling.stop, self._prompt.tokens[-_CONTEXT_TOKENS:])
+        self._stream = TextStream(tokenizer, job.sampling.stop, self._prompt.tokens)
         self._parser = None if job.tools is None else ToolCallParser(job.tools.names, parallel=job.tools.parallel)
         self._pending: deque[Entry] = deque()  # their text has not left, and may still turn out to be a stop string
         self._echo_chars = 0

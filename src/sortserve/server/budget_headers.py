@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import get_args
 
+from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import Headers
 
 from sortserve.engine.budget import MAX_BUDGET_MS, Budget, BudgetPolicy
@@ -28,17 +29,19 @@ _DURATION = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s)?", re.ASCII)
 _MAX_CHARS = 32  # longer is no number anyone means, and would be quoted in an error
 
 
-class BodyTerms(Protocol):
+class BodyTerms(BaseModel):
     """The body fields read here; None where the client left one out."""
 
-    latency_budget_ms: float | str | None
-    latency_budget_ttft_ms: float | str | None
-    latency_budget_tpot_ms: float | str | None
-    latency_budget_policy: str | None
-    submodel: str | None
-    submodel_floor: str | None
-    quality_floor: float | None
-    kv_mode: str | None
+    model_config = ConfigDict(strict=True)
+
+    latency_budget_ms: float | str | None = None
+    latency_budget_ttft_ms: float | str | None = None
+    latency_budget_tpot_ms: float | str | None = None
+    latency_budget_policy: str | None = None
+    submodel: str | None = None
+    submodel_floor: str | None = None
+    quality_floor: float | None = None
+    kv_mode: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

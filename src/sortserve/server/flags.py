@@ -62,7 +62,7 @@ def _pause(text: str) -> float:
 
 def _api_key(text: str) -> str:
     if not can_be_sent(text):  # it is not told: standard error is often kept
-        raise argparse.ArgumentTypeError("a key must be printable ASCII without spaces, and not empty")
+        raise argparse.ArgumentTypeError("a key must be printable ASCII without spaces around it, and not empty")
     return text
 
 

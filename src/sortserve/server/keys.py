@@ -204,8 +204,8 @@ def _key(entry: _Entry, place: str) -> Key:
 
 
 def can_be_sent(key: str) -> bool:
-    """Whether a client can send it in a header, and has to: an empty one would be no key."""
-    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+    """Whether it comes out of a header as it went in, and has to be sent: an empty one would be no key."""
+    return bool(key) and key.isascii() and key.isprintable() and key == key.strip()
 
 
 def _digest_of(written: str, place: str) -> bytes:
@@ -214,7 +214,7 @@ def _digest_of(written: str, place: str) -> bytes:
         return bytes.fromhex(digest[1])
     if written.startswith("sha256:"):
         raise KeysFileError(f"{place}: key begins with sha256: but 64 hexadecimal digits do not follow")
-    if not can_be_sent(written):
+    if not can_be_sent(written) or " " in written:
         raise KeysFileError(f"{place}: key must be printable ASCII without spaces, or sha256:<64 hexadecimal digits>")
     return _digest(written)
 

@@ -43,8 +43,7 @@ def generate(folder: Path, args: argparse.Namespace) -> int:
 def ladder(folder: Path, args: argparse.Namespace) -> int:
     """Print the ladder as a table; reads config.json and ladder.json only."""
     shape = load_model_config(folder).shape
-    path = args.ladder or folder / "ladder.json"
-    found = Ladder.load(path, shape) if args.ladder is not None or path.is_file() else Ladder.default(shape)
+    found = Ladder.of_folder(folder, shape, args.ladder)
     full = found.costs[found.full]
     rows = [("id", "depth", "width", "quality", "MB/token", "GFLOP/token", "share of full")]
     for entry, cost in zip(found.entries, found.costs, strict=True):

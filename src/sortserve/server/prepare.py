@@ -3,18 +3,19 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from starlette.datastructures import Headers
 
-from sortserve.engine.errors import ContextLengthError, RequestError
+from sortserve.engine.errors import RequestError
 from sortserve.engine.protocol import EngineInfo, GenerateRequest
 from sortserve.engine.sampling import SamplingParams
-from sortserve.engine.text import LONG_TEXT_CHARS, Tokenizer
+from sortserve.engine.text import Tokenizer
 from sortserve.server.budget_headers import Terms, read_terms
 from sortserve.server.keys import NO_BOUNDS, Bounds
+from sortserve.server.prompts import Prompt, check_context, read_messages, read_prompts
 from sortserve.server.schemas import (
     MAX_SEQUENCES,
     ChatCompletionRequest,
@@ -26,16 +27,7 @@ from sortserve.server.structured import ToolUse, check_template, grammar_of, too
 
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: answers to seeds 7 and 8 share none
-T = TypeVar("T")
 Endpoint = Literal["completions", "chat"]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt; `text` as the client wrote it, None where it came as token ids."""
-
-    tokens: tuple[int, ...]
-    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +91,7 @@ async def prepare_completion(
     terms = _terms(body, headers, state, pinned, bounds)
     asked = body.asked_max_tokens()
     max_tokens = DEFAULT_COMPLETION_TOKENS if asked is None else asked
-    prompts = await _prompts(body.prompt, max_tokens, state)
+    prompts = await read_prompts(body.prompt, max_tokens, state)
     if len(prompts) * body.num_choices > MAX_SEQUENCES:
         raise RequestError(
             f"{len(prompts)} prompts x n {body.num_choices} are {len(prompts) * body.num_choices} answers, "
@@ -107,7 +99,7 @@ async def prepare_completion(
             param="prompt",
         )
     longest = max(len(prompt.tokens) for prompt in prompts)
-    _check_context(longest, max_tokens, info)
+    check_context(longest, max_tokens, info)
     echo = bool(body.echo)
     wants_prompt_logprobs = echo and (body.logprobs is not None or max_tokens == 0)
     grammar = await _grammar(body, None, state)
@@ -128,17 +120,14 @@ async def prepare_chat(
     tools = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     _check_tools(tools, messages, state.tokenizer)
     shown = {} if tools is None else {"tools": [tool.for_template() for tool in body.tools or ()]}
-    num_chars = len(str(messages)) + len(str(shown))  # calls and fields of a template's own are rendered too
     asked = body.asked_max_tokens()
-    tokens = await _maybe_in_thread(num_chars, lambda: _chat_tokens(messages, shown, asked or 1, state))
+    prompt = await read_messages(messages, shown, asked or 1, state)
     # one more than fits where nothing is left, so that the error names the prompt's length and the limit
-    max_tokens = max(1, info.max_model_len - len(tokens)) if asked is None else asked
-    _check_prompt(tokens, info, "messages")
-    _check_context(len(tokens), max_tokens, info, "messages")
+    max_tokens = max(1, info.max_model_len - len(prompt.tokens)) if asked is None else asked
+    check_context(len(prompt.tokens), max_tokens, info, "messages")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(body, info, max_tokens, logprobs, None, await _grammar(body, tools, state))
-    prompts = (Prompt(tuple(tokens)),)
-    return _job("chat", body, prompts, sampling, terms, arrival, info, False, logprobs is not None, tools)
+    return _job("chat", body, (prompt,), sampling, terms, arrival, info, False, logprobs is not None, tools)
 
 
 def _job(
@@ -253,69 +242,3 @@ def _logit_bias(given: dict[str, float], vocab_size: int) -> dict[int, float]:
             )
         bias[int(key)] = value
     return bias
-
-
-async def _prompts(
-    prompt: str | list[str] | list[int] | list[list[int]], max_tokens: int, state: ServerState
-) -> list[Prompt]:
-    """One or several prompts as token ids. Raises RequestError for an empty one or ids out of range."""
-    if isinstance(prompt, str):
-        texts, ids = [prompt], []
-    else:
-        texts = [item for item in prompt if isinstance(item, str)]
-        ids = [item for item in prompt if isinstance(item, list)]
-        if not texts and not ids:
-            ids = [[item for item in prompt if isinstance(item, int)]]
-    if any(not text for text in texts):
-        raise RequestError("prompt is empty; give at least one character or token", param="prompt")
-    for text in texts:
-        _check_chars(text, max_tokens, state, "prompt")
-    encoded = await _maybe_in_thread(
-        sum(map(len, texts)), lambda: [Prompt(tuple(state.tokenizer.encode(text)), text) for text in texts]
-    )
-    prompts = [*encoded, *(Prompt(tuple(tokens)) for tokens in ids)]
-    for made in prompts:
-        _check_prompt(made.tokens, state.backend.info, "prompt")
-    return prompts
-
-
-async def _maybe_in_thread(num_chars: int, work: Callable[[], T]) -> T:
-    """Run `work` here, or in a thread where it would keep the event loop from other requests for too long."""
-    return await asyncio.to_thread(work) if num_chars >= LONG_TEXT_CHARS else work()
-
-
-def _chat_tokens(
-    messages: Sequence[Mapping[str, Any]], shown: Mapping[str, Any], max_tokens: int, state: ServerState
-) -> list[int]:
-    text = state.tokenizer.chat_text(messages, **shown)
-    _check_chars(text, max_tokens, state, "messages")
-    return state.tokenizer.encode(text, add_special_tokens=False, param="messages")
-
-
-def _check_chars(text: str, max_tokens: int, state: ServerState, param: str) -> None:
-    """Refuse a text that cannot fit, without the 10 s that tokenizing 4 MiB takes."""
-    context = state.backend.info.max_model_len
-    num_tokens = -(-len(text) // state.tokenizer.max_token_chars)
-    if num_tokens > context:
-        raise ContextLengthError(
-            f"the prompt has {len(text)} characters, at least {num_tokens} tokens, and max_tokens is {max_tokens}; "
-            f"this model's context is {context} tokens: shorten the prompt",
-            param=param,
-        )
-
-
-def _check_prompt(tokens: Sequence[int], info: EngineInfo, param: str) -> None:
-    if not tokens:
-        raise RequestError(f"{param}: the prompt is empty; give at least one character or token", param=param)
-    if not 0 <= min(tokens) <= max(tokens) < info.vocab_size:
-        worst = max(tokens) if max(tokens) >= info.vocab_size else min(tokens)
-        raise RequestError(f"{param} holds the token id {worst}, must be in [0, {info.vocab_size})", param=param)
-
-
-def _check_context(num_prompt: int, max_tokens: int, info: EngineInfo, param: str = "prompt") -> None:
-    if num_prompt + max_tokens > info.max_model_len:
-        raise ContextLengthError(
-            f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together {num_prompt + max_tokens}; "
-            f"this model's context is {info.max_model_len} tokens: shorten the prompt or lower max_tokens",
-            param=param,
-        )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from sortserve.engine.errors import RequestError
 from sortserve.engine.sampling import MAX_LOGIT_BIAS
+from sortserve.server.budget_headers import BodyTerms
 from sortserve.server.documented import add_limits
 from sortserve.server.structured import MAX_TOOLS, ResponseFormat, ToolChoice, Tools
 
@@ -45,7 +46,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class GenerationFields(BaseModel):
+class GenerationFields(BodyTerms):
     """What completions and chat completions have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=add_limits)
@@ -78,14 +79,6 @@ class GenerationFields(BaseModel):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
-    latency_budget_ms: float | str | None = None
-    latency_budget_ttft_ms: float | str | None = None
-    latency_budget_tpot_ms: float | str | None = None
-    latency_budget_policy: str | None = None
-    submodel: str | None = None
-    submodel_floor: str | None = None
-    quality_floor: float | None = None
-    kv_mode: str | None = None
 
     def unsupported(self) -> Iterator[tuple[str, str]]:
         """(field, why) of each known field whose value is not served."""

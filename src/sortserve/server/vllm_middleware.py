@@ -10,12 +10,12 @@ figures are put behind vLLM's own on `/metrics`. Imports no vLLM.
 import json
 import logging
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import zmq
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +27,7 @@ from sortserve.engine.protocol import GenerateRequest
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.vllm.configuration import KEY
 from sortserve.engine.vllm.translate import check_extra_args, extra_args
-from sortserve.server.budget_headers import read_terms
+from sortserve.server.budget_headers import BodyTerms, read_terms
 from sortserve.server.errors import error_response
 from sortserve.server.vllm_reports import Reports
 
@@ -37,23 +37,7 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MAX_BODY_BYTES = 64 << 20
 XARGS = "vllm_xargs"
 
-
-@dataclass
-class _Fields:
-    """Our body fields; vLLM's own server does not know them."""
-
-    latency_budget_ms: float | str | None = None
-    latency_budget_ttft_ms: float | str | None = None
-    latency_budget_tpot_ms: float | str | None = None
-    latency_budget_policy: str | None = None
-    submodel: str | None = None
-    submodel_floor: str | None = None
-    quality_floor: float | None = None
-    kv_mode: str | None = None
-
-
-_NAMES = tuple(_Fields.__dataclass_fields__)
-_TEXTS = ("latency_budget_policy", "submodel", "submodel_floor", "kv_mode")
+_NAMES = tuple(BodyTerms.model_fields)  # vLLM's own server does not know them
 
 
 class LatencyBudgets:
@@ -135,13 +119,12 @@ class LatencyBudgets:
         return json.dumps({**body, XARGS: {**given, **ours}}).encode()
 
 
-def _fields(given: dict[str, Any]) -> _Fields:
-    for name, value in given.items():
-        texts = isinstance(value, str) or value is None
-        numbers = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (texts if name in _TEXTS else numbers or (texts and name != "quality_floor") or value is None):
-            raise RequestError(f"{name} is {value!r:.100}, which is of the wrong type", param=name)
-    return _Fields(**given)
+def _fields(given: dict[str, Any]) -> BodyTerms:
+    try:
+        return BodyTerms.model_validate(given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise RequestError(f"{name} is {given[name]!r:.100}, which is of the wrong type", param=name) from error
 
 
 def _ladder_of(scope: Scope) -> Ladder:
@@ -154,8 +137,7 @@ def _ladder_of(scope: Scope) -> Ladder:
 @lru_cache(maxsize=4)
 def _ladder(folder: str, path: str) -> Ladder:
     shape = load_model_config(Path(folder)).shape
-    file = Path(path) if path else Path(folder) / "ladder.json"
-    return Ladder.load(file, shape) if path or file.is_file() else Ladder.default(shape)
+    return Ladder.of_folder(Path(folder), shape, Path(path) if path else None)
 
 
 async def _read(receive: Receive) -> bytes:

@@ -143,8 +143,7 @@ def measured_config(
     reading the model raises."""
     shape = load_model_config(folder).shape
     if ladder is None:
-        path = folder / "ladder.json"
-        ladder = Ladder.load(path, shape) if path.is_file() else Ladder.default(shape)
+        ladder = Ladder.of_folder(folder, shape)
     rungs, table = Rungs.of(ladder, SettingsTable(ladder)), read_cost(cost)
     if table.layers.tolist() != rungs.layers.tolist():
         raise ValueError(
