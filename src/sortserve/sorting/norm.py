@@ -22,7 +22,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         inverse = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        normed = (x * inverse).to(x.dtype)
+        normed: Tensor = (x * inverse).to(x.dtype)
         ctx.save_for_backward(normed, weight, inverse)
         return normed * weight
 
