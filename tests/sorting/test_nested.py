@@ -76,21 +76,34 @@ def test_attention_has_the_gradients_of_the_softmax_written_out(length: int, hea
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("trained", [True, False])
-def test_the_norm_has_the_gradients_of_transformers_own(trained: bool) -> None:
-    """In float32 to its last digits, in bfloat16 to those of its states."""
-    model = toy_model()
-    norm = model.model.norm.requires_grad_(trained)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_the_norm_has_the_gradients_of_transformers_own(wanted: tuple[bool, bool]) -> None:
+    """Of states and weight, or of one of them; in float32 to its last digits, in bfloat16 to those of its states."""
+    norm = toy_model().model.norm
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        norm.to(dtype)
-        x = torch.randn(3, 5, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        x = torch.randn(3, 5, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
         weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        results = []
-        for made in (norm(x), rms_norm(norm, x)):
-            wanted = (x, norm.weight) if trained else (x,)
-            results.append([made, *torch.autograd.grad((made * weights).sum(), wanted)])
+        sources = [
+            one.requires_grad_() for one, is_wanted in zip((x, norm.to(dtype).weight), wanted, strict=True) if is_wanted
+        ]
+        norm.weight.requires_grad_(wanted[1])
+        results = [
+            [made, *torch.autograd.grad((made * weights).sum(), sources)] for made in (norm(x), rms_norm(norm, x))
+        ]
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_pass_has_the_gradients_of_transformers_own(family: str) -> None:
+    """Rotation, norms, attention and FFN in one, with two heads to a head of K and V."""
+    model, tokens = toy_model(family), toy_tokens()
+    found = []
+    for run in (lambda: model(tokens).logits, lambda: logits(model, tokens, SubModels((LAYERS,), WIDTH))[0]):
+        model.zero_grad()
+        run().square().mean().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 def test_larger_sub_models_hold_the_smaller_ones() -> None:

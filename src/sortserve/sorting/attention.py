@@ -42,8 +42,8 @@ class Rotation:
 
     def turn(self, x: Tensor) -> Tensor:
         """`x` [windows, length, heads, head_dim], with all heads or those of K; halves of a head turn as pairs."""
-        heads, size = x.shape[2:]
-        return torch.addcmul(x * self.cos[:, :heads], x.roll(size // 2, -1), self.sin[:, :heads])
+        heads = x.shape[2]
+        return _Turn.apply(x, self.cos[:, :heads], self.sin[:, :heads])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def self_attention(module: Any, x: Tensor, rotation: Rotation) -> Tensor:
@@ -63,6 +63,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         return _Windows.apply(query, key, value, scale)  # type: ignore[no-any-return, no-untyped-call]
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     return mixed.transpose(1, 2)
+
+
+class _Turn(torch.autograd.Function):
+    """Its gradient turns back: both halves of the tables are equal but for the sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        x = gradients[0]
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=-1), None, None
 
 
 class _Windows(torch.autograd.Function):
