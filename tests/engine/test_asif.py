@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sortserve.engine import batch as batch_module
 from sortserve.engine.batch import BatchBuilder, Run
-from sortserve.engine.plan import Plan
+from sortserve.engine.plan import Plan, StepResult
 from sortserve.engine.runner import Runner
 from sortserve.engine.sequence_kv import SequenceKV
 from sortserve.kernels import ffn as ffn_module
@@ -95,6 +95,31 @@ def test_random_schedules_are_as_if(folder: Path) -> None:
     print(dict(seen))
     missing = [name for name in MUST_HAPPEN if seen[name] == 0]
     assert not missing, f"never happened: {missing}; {dict(seen)}"
+
+
+def test_logits_are_made_of_sampled_rows_only(folder: Path) -> None:
+    """A head of 150,000 tokens over all rows of a chunk whose states are kept takes longer than the chunk."""
+    harness = Harness(folder, 140, 20)
+    assert isinstance(harness.runner, LateTokens)
+    assert isinstance(harness.runner.runner, Runner)
+    model, run = harness.runner.runner._model, harness.runner.runner.run
+    head, kept, asked = model.head, [0], [0]
+
+    def counting_head(hidden: torch.Tensor) -> torch.Tensor:
+        asked[0] += len(hidden)
+        return head(hidden)
+
+    def checked(plan: Plan) -> StepResult:
+        asked[0] = 0
+        result = run(plan)
+        assert asked[0] == sum(part.sample is not None for part in plan.sequences)
+        kept[0] += sum(part.keep_states and part.sample is not None for part in plan.sequences)
+        return result
+
+    model.head = counting_head  # type: ignore[method-assign]
+    harness.runner.runner.run = checked  # type: ignore[method-assign]
+    random_run(harness, random.Random(1), num_actions=40)
+    assert kept[0] > 0
 
 
 def test_states_of_another_history_are_not_adopted(folder: Path) -> None:

@@ -80,8 +80,10 @@ class Runner:
             rows = hidden[run.row : run.row + run.span.num_rows]
             if run.part.keep_states:
                 self._store_states(run, rows)
-            if run.part.prompt_logprobs is not None or run.part.sample is not None:
+            if run.part.prompt_logprobs is not None:
                 exits.setdefault(run.part.request_id, []).append(rows)
+            elif run.part.sample is not None and run.span.stop == run.part.stop:  # states may have kept its other rows
+                exits.setdefault(run.part.request_id, []).append(rows[-1:])
 
     # ---- states
 
