@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that attend in one call: `rows_each` of each of some sequences. `mask` is additive; None: nothing is masked."""
+    """Rows that attend in one call: `rows_each` of each of some sequences. `blocks` [2, sequences, blocks], by page: pool
+    rows of K and V of the page's first layer. `mask` is additive; None: nothing is masked."""
 
-    sequences: Tensor | slice
     rows_each: int
     rows: Tensor | slice
-    num_blocks: int
+    blocks: tuple[Tensor, ...]
     mask: Tensor | None
 
 
@@ -67,7 +67,9 @@ class AttentionRows:
         mask = None
         if rows_each > 1 or self.window is not None or lowest < context - 1:
             mask = causal_mask(positions, context, self.dtype, self.window)
-        return RowGroup(sequences, rows_each, rows, num_blocks, mask)
+        keys = [table[sequences, :num_blocks] for table in self.tables]
+        blocks = tuple(torch.stack([key, key + self.page_layers]) for key in keys)
+        return RowGroup(rows_each, rows, blocks, mask)
 
     @cached_property
     def slots(self) -> tuple[Tensor, ...]:
@@ -92,25 +94,23 @@ def write(key: Tensor, value: Tensor, pool: Tensor, rows: AttentionRows, layer: 
 
 def attend(query: Tensor, pool: Tensor, rows: AttentionRows, layer: int, num_kv_heads: int) -> Tensor:
     """query [rows, heads, head_dim] over the K/V of a segment's layer in `pool` -> [rows, heads * head_dim]."""
+    page, layer_in_page = divmod(layer, rows.page_layers)
     if len(rows.groups) == 1:
-        return _attend_group(query, pool, rows, rows.groups[0], layer, num_kv_heads)
+        return _attend_group(query, pool, rows.groups[0], page, layer_in_page, num_kv_heads)
     out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
     for group in rows.groups:
-        out[group.rows] = _attend_group(query[group.rows], pool, rows, group, layer, num_kv_heads)
+        out[group.rows] = _attend_group(query[group.rows], pool, group, page, layer_in_page, num_kv_heads)
     return out
 
 
 def _attend_group(
-    query: Tensor, pool: Tensor, rows: AttentionRows, group: RowGroup, layer: int, num_kv_heads: int
+    query: Tensor, pool: Tensor, group: RowGroup, page: int, layer_in_page: int, num_kv_heads: int
 ) -> Tensor:
     num_heads, head_dim = query.shape[1:]
     share = num_heads // num_kv_heads  # query heads on one K/V head
-    page, layer_in_page = divmod(layer, rows.page_layers)
-    blocks = rows.tables[page][group.sequences, : group.num_blocks] + layer_in_page  # [sequences, blocks]
-    key, value = (
-        pool.index_select(0, one.reshape(-1)).view(len(blocks), -1, num_kv_heads, head_dim).transpose(1, 2)
-        for one in (blocks, blocks + rows.page_layers)
-    )  # [sequences, kv heads, context, head_dim]
+    blocks = group.blocks[page] + layer_in_page
+    both = pool.index_select(0, blocks.view(-1)).view(2, blocks.shape[1], -1, num_kv_heads, head_dim)
+    key, value = both[0].transpose(1, 2), both[1].transpose(1, 2)  # [sequences, kv heads, context, head_dim]
     if group.rows_each == 1:
         # the query heads of one K/V head are the "rows" of the call: no K/V is repeated
         grouped = query.view(-1, num_kv_heads, share, head_dim)
