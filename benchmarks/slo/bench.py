@@ -12,6 +12,7 @@ from benchmarks.slo.serving import Served, Settings, started
 from benchmarks.slo.simulated import Slowness, foretold, replica, slowness
 from sortserve.engine.config import load_model_config
 from sortserve.engine.ladder import Ladder
+from sortserve.engine.simulator.replica import ReplicaConfig
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
 
 _SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has
@@ -30,6 +31,7 @@ class Bench:
     unloaded: Unloaded
     capacity: Sequence[measured.Capacity]  # in the ladder's order, the full model last
     slowness: Slowness | None  # of the server against its profile; None: nothing is simulated
+    simulated: ReplicaConfig | None  # as slow as the server
     commit: str  # of before anything was written
 
     @property
@@ -82,15 +84,15 @@ def prepare(asked: argparse.Namespace) -> Bench:
         )
         print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
         capacity = [measure(served, sample, rung, texts, asked) for rung in rungs]
-    slow = None
+    slow = simulated = None
     if asked.simulated:
-        rates = {ladder.place(each.submodel): each.requests_per_second for each in capacity}
-        ends = {place: rates[place] for place in (ladder.default_floor, ladder.full)}
-        slow = slowness(replica(settings, asked.kv_memory, ladder), sample, asked.clients, ends)
+        simulated = replica(settings, asked.kv_memory, ladder)
+        slow = slowness(simulated, sample, ladder, asked.clients, capacity)
+        simulated = slow.applied(simulated)
         print(
             f"simulated with {slow.factor:.2f}x the profile's step times and {1e3 * slow.between:.2f} ms between steps"
         )
-    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, slow, commit())
+    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, slow, simulated, commit())
     ratio = bench.floor.requests_per_second / bench.full.requests_per_second
     print(f"the floor {bench.floor.submodel} does {ratio:.2f}x of the full model's requests")
     return bench
@@ -136,9 +138,8 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
         for outcome in sorted(outcomes, key=lambda outcome: outcome.number)
     ]
     simulated = None
-    if bench.slowness is not None:
-        config = bench.slowness.applied(replica(bench.settings, asked.kv_memory, bench.ladder))
-        simulated = foretold(config, name, bench.ladder, only, work, asked.seconds)
+    if bench.simulated is not None:
+        simulated = foretold(bench.simulated, name, bench.ladder, only, work, asked.seconds)
     return {
         "policy": policy,
         "load": multiple,

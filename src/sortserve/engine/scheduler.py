@@ -278,7 +278,6 @@ class Scheduler:
     ) -> None:
         """Tell requests that run for the first time what they start with. All the K/V they have then were cached."""
         first, last = self._foreteller.foretell(view, place, self.decider.chunk_tokens)
-        factor = self._foreteller.factor
         rows = {request.id: row for row, request in enumerate(requests)}
         for part in begun:
             request, row = self.requests[part.request_id], rows[part.request_id]
@@ -291,10 +290,13 @@ class Scheduler:
             predicted, met = None, True
             if request.asked.budget is not None and self.cost is not None:
                 request.foretold = float(last[row])
-                ends = now + request.foretold * factor
-                arrival, expected = request.asked.arrival, request.num_output + int(view.expected_left[row])
-                predicted = ends - arrival
-                met = request.asked.budget.met(arrival, now + float(first[row]) * factor, ends, expected)
+                coming, expected = (
+                    (float(first[row]), request.foretold),
+                    request.num_output + int(view.expected_left[row]),
+                )
+                predicted, met = self._foreteller.told(
+                    request.asked.budget, request.asked.arrival, now, coming, expected
+                )
             self._pending.append(
                 AcceptedEvent(
                     request.id,

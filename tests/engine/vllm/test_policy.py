@@ -106,6 +106,18 @@ def test_costs_come_from_the_steps_that_ran() -> None:
     assert prefill_seconds(made.cost.now, RUNGS, FULL, 40, 64) == pytest.approx(expected, rel=0.15)
 
 
+def test_what_is_between_steps_is_a_term_of_its_own() -> None:
+    """4 ms from each step to the next; kept where the table is fitted anew, as it is after the last of these."""
+    made, cost = decider(), step_cost()
+    step = MeasuredStep({FULL: (4, 4, 120)}, 0.0, False)
+    seconds = float(cost.seconds(shape_of(RUNGS, step)))
+    for _ in range(3 * ENOUGH_STEPS):
+        made.measured(MeasuredStep(step.rows, seconds, False, between=0.004))
+    assert float(made.cost.now.seconds(shape_of(RUNGS, step))) == pytest.approx(seconds + 0.004, rel=0.01)
+    assert made.cost.table is not None
+    assert made.cost.table.base >= 0.0039
+
+
 def test_shape_of_a_step() -> None:
     """A chunk of 40 rows whose context they are themselves, beside two single rows."""
     shape = shape_of(RUNGS, MeasuredStep({FULL: (40, 1, 40), 0: (2, 2, 60)}, 1.0, True))
@@ -206,6 +218,29 @@ def test_who_began_of_late_is_foreseen_to_go_on_coming() -> None:
     view = made.view([first, second], 100.3)
     assert (view.starts, view.start_rows) == (2.0, (20 + 24) / 2)
     assert made.view([first], 101.1).starts == 1.0
+
+
+def test_what_is_foretold_of_those_that_may_begin() -> None:
+    """As in our own engine: the prompts ahead and the others' rows count, and so does what the last answers took."""
+    made, cost = taught("fixed"), step_cost()
+    ample = standing("ample", budget=Budget(total_ms=1e6), max_tokens=11)
+    told = made.decide([ample, standing("none"), running("runs")], 102.0).foretold
+    assert told.keys() == {"ample"}
+    two, three = (float(cost.seconds(decode_shape(RUNGS, np.eye(len(LADDER.entries))[FULL] * n, 25.0))) for n in (2, 3))
+    prompts = prefill_seconds(cost, RUNGS, FULL, 40, 64)
+    seconds, met = told["ample"]
+    assert 2.0 + prompts + 10 * two < seconds < 2.0 + 1.3 * (prompts + 10 * three)
+    assert met
+    assert made.decide([standing("tight", budget=Budget(total_ms=1.0))], 102.0).foretold["tight"][1] is False
+    made = taught("fixed")
+    for number in range(8):  # each takes three times as long as foretold
+        name, at = f"r{number}", 110.0 + 100 * number
+        waits = standing(name, arrival=at, budget=Budget(total_ms=1e6), max_tokens=11)
+        alone = made.decide([waits], at).foretold[name][0]
+        made.decide([running(name, num_output=10, arrival=at, budget=waits.budget, max_tokens=11)], at + 0.01)
+        made.decide([], at + 3 * alone)
+    slower = standing("slower", arrival=1000.0, budget=Budget(total_ms=1e6), max_tokens=11)
+    assert made.decide([slower], 1000.0).foretold["slower"][0] == pytest.approx(3 * alone, rel=0.1)
 
 
 def test_who_sits_out_goes_on_as_it_is() -> None:

@@ -39,13 +39,14 @@ class LearnedCost:
         """The table as it is now, corrections included; None before the first fit."""
         return None if self.model is None else self.model.present()
 
-    def note(self, shape: StepShape, seconds: float) -> None:
-        """A step ran."""
+    def note(self, shape: StepShape, seconds: float, between: float | None = None) -> None:
+        """A step ran; see `CostModel.note`."""
         if not 0.0 < seconds < np.inf or not (shape.rows > 0).any():
             return
         self.steps += 1
         if self.model is not None:
-            self.model.observe(shape, seconds)
+            self.model.note(shape, seconds, between)
+            self.model.learn()
         if len(self._measured) >= MOST_STEPS:
             return
         self._measured.append(Measured(shape, seconds))
@@ -53,9 +54,8 @@ class LearnedCost:
             self._next_fit += ENOUGH_STEPS
             most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
             powers = int(min(most, MOST_BUCKET)).bit_length()
-            self.model = CostModel(
-                fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
-            )
+            table = fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
+            self.model = CostModel(table, 0.0 if self.model is None else self.model.between)
 
 
 def shape_of(rungs: Rungs, step: MeasuredStep) -> StepShape:
