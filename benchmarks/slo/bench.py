@@ -17,6 +17,8 @@ from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_t
 
 _SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has
 
+_CROWD = 4  # times the clients of a closed loop, before the first
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -76,8 +78,10 @@ def prepare(asked: argparse.Namespace) -> Bench:
         trace = load.fitted(read_trace(asked.trace), asked.lengths, context)
         texts = load.Texts(served.tokens_of(load.read_text(asked.text)))
         sample = load.drawn(trace, asked.start, _SAMPLED, seed=4)
-        # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs
-        measured.capacity(served, sample, ids[-1], texts, asked.clients, asked.capacity_seconds)
+        # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs; and
+        # by crowded steps vLLM learns what those of overload take
+        crowd = load.pinned_asks(sample.num_prompt, sample.num_output, ids[-1], texts, seed=1)
+        served.closed_loop(crowd, _CROWD * asked.clients, asked.capacity_seconds)
         unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds)
         print(
             f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
@@ -128,7 +132,8 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
     with started(bench.settings, name, *pinned) as served:
         warm_up(served, bench)
         before = served.counters()
-        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), asked.drain_seconds)
+        drain = max(asked.drain_seconds, load.latest_due(work) - asked.seconds)
+        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), drain)
         counted = served.counters()
         counted.subtract(before)
     assert len(outcomes) == len(work), "every request comes back as something"

@@ -281,29 +281,26 @@ class Scheduler:
         rows = {request.id: row for row, request in enumerate(requests)}
         for part in begun:
             request, row = self.requests[part.request_id], rows[part.request_id]
+            asked = request.asked
             request.first_row = now
-            if request.asked.sampling.prompt_logprobs is None:
+            if asked.sampling.prompt_logprobs is None:
                 request.cached_tokens = part.watermark[0]
                 self._tally.prefix_queries += request.num_prompt
                 self._tally.prefix_hits += request.cached_tokens
             self._foreteller.traffic.note(now, request.num_prompt - request.cached_tokens)
             predicted, met = None, True
-            if request.asked.budget is not None and self.cost is not None:
+            if asked.budget is not None and self.cost is not None:
                 request.foretold = float(last[row])
-                coming, expected = (
-                    (float(first[row]), request.foretold),
-                    request.num_output + int(view.expected_left[row]),
-                )
-                predicted, met = self._foreteller.told(
-                    request.asked.budget, request.asked.arrival, now, coming, expected
-                )
+                expected = request.num_output + int(view.expected_left[row])
+                coming = float(first[row]), request.foretold
+                predicted, met = self._foreteller.told(asked.budget, asked.arrival, now, coming, expected)
             self._pending.append(
                 AcceptedEvent(
                     request.id,
                     self.ladder.entries[request.submodel].id,
                     predicted,
                     met,
-                    now - request.asked.arrival,
+                    now - asked.arrival,
                     request.cached_tokens,
                 )
             )

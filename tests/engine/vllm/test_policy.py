@@ -111,11 +111,31 @@ def test_what_is_between_steps_is_a_term_of_its_own() -> None:
     made, cost = decider(), step_cost()
     step = MeasuredStep({FULL: (4, 4, 120)}, 0.0, False)
     seconds = float(cost.seconds(shape_of(RUNGS, step)))
-    for _ in range(3 * ENOUGH_STEPS):
+    for _ in range(4 * ENOUGH_STEPS):
         made.measured(MeasuredStep(step.rows, seconds, False, between=0.004))
     assert float(made.cost.now.seconds(shape_of(RUNGS, step))) == pytest.approx(seconds + 0.004, rel=0.01)
     assert made.cost.table is not None
     assert made.cost.table.base >= 0.0039
+
+
+def test_costs_follow_what_clients_do() -> None:
+    """Crowded steps, which the first ones were not: the table is fitted anew to both, none of them forgotten."""
+    made, cost = taught(), step_cost()
+
+    def shape(rows: int) -> StepShape:
+        return shape_of(RUNGS, MeasuredStep({FULL: (rows, rows, 30 * rows)}, 0.0, False))
+
+    crowded = 5 * float(cost.seconds(shape(60)))
+    for number in range(14 * ENOUGH_STEPS):
+        rows = 60 if number % 2 else 4
+        made.measured(
+            MeasuredStep(
+                {FULL: (rows, rows, 30 * rows)}, crowded if rows == 60 else float(cost.seconds(shape(4))), False
+            )
+        )
+    assert float(made.cost.now.seconds(shape(60))) == pytest.approx(crowded, rel=0.1)
+    for rows in (2, 4, 8):
+        assert float(made.cost.now.seconds(shape(rows))) == pytest.approx(float(cost.seconds(shape(rows))), rel=0.2)
 
 
 def test_shape_of_a_step() -> None:

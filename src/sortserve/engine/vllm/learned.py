@@ -1,8 +1,10 @@
 """What steps cost inside vLLM, learned from the steps that ran: nothing can be profiled there before the scheduler is.
 
 Plain numbers, no vLLM. A first table is fitted once enough steps ran, which the warm-up's requests see to; it is fitted
-anew as more of them came, and in between every step corrects it.
+anew each time that twice as many came, since clients' steps are others than the warm-up's, and every step corrects it.
 """
+
+import random
 
 import numpy as np
 
@@ -13,9 +15,9 @@ from sortserve.engine.rungs import Floats, Rungs
 from sortserve.engine.vllm.deciding import MeasuredStep
 
 ENOUGH_STEPS = 64
-"""Measured steps that a first table is fitted to; again at each as many more, up to MOST_STEPS: a fit takes the scheduler
-up to some 0.1 s, so there are few, and the warm-up has most of them."""
-MOST_STEPS = 256
+"""Measured steps that a first table is fitted to."""
+MOST_STEPS = 512
+"""Of all measured ones, drawn evenly: a fit to them takes the scheduler some 0.1 s, so there are few fits."""
 MOST_BUCKET = 1024
 
 
@@ -28,6 +30,7 @@ class LearnedCost:
         self._rungs = rungs
         self._measured: list[Measured] = []
         self._next_fit = ENOUGH_STEPS
+        self._draw = random.Random(0)
 
     @property
     def now(self) -> StepCost:
@@ -47,11 +50,12 @@ class LearnedCost:
         if self.model is not None:
             self.model.note(shape, seconds, between)
             self.model.learn()
-        if len(self._measured) >= MOST_STEPS:
-            return
-        self._measured.append(Measured(shape, seconds))
-        if len(self._measured) == self._next_fit:
-            self._next_fit += ENOUGH_STEPS
+        if len(self._measured) < MOST_STEPS:
+            self._measured.append(Measured(shape, seconds))
+        elif (place := self._draw.randrange(self.steps)) < MOST_STEPS:
+            self._measured[place] = Measured(shape, seconds)
+        if self.steps == self._next_fit:
+            self._next_fit *= 2
             most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
             powers = int(min(most, MOST_BUCKET)).bit_length()
             table = fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
