@@ -21,7 +21,12 @@ def test_what_is_done_between_two_steps_is_told_apart_while_somebody_waits() -> 
     scheduled(clock, first, 10.0)
     step = clock.finished(first, 10.5, goes_on=True)
     assert step is not None
-    assert (step.seconds, step.rows, step.had_prompt, step.between) == (0.5, {2: (31, 2, 80)}, True, None)
+    assert (step.seconds, step.rows, step.had_prompt, step.between) == (
+        0.5,
+        {2: (31, 2, 80, 30 * (40 - 15))},
+        True,
+        None,
+    )
     scheduled(clock, second, 10.625)
     step = clock.finished(second, 10.75, goes_on=False)
     assert step is not None

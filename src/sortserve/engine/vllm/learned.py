@@ -63,16 +63,10 @@ class LearnedCost:
 
 
 def shape_of(rungs: Rungs, step: MeasuredStep) -> StepShape:
-    """The shape of a step that vLLM ran.
-
-    It tells rows, requests and contexts, these rows included, by place. Which of a place's requests had more than one row
-    is not told: the rows above one a request count as one chunk, with a context like the others'.
-    """
+    """The shape of a step that vLLM ran."""
     spread: Floats = np.zeros((4, len(rungs.exits)))  # rows, requests, contexts, pairs; by place
-    for place, (rows, requests, contexts) in step.rows.items():
-        chunk = rows - requests + 1
-        context = max(contexts / max(1, requests), chunk)
-        spread[:, place] = rows, requests, contexts, chunk * (context - chunk / 2) if chunk > 1 else 0.0
+    for place, ran in step.rows.items():
+        spread[:, place] = ran
     rows, requests, contexts, pairs = spread
     share = np.where(rows[:, None] > 0, rungs.share, 0.0)
     return StepShape(

@@ -4,14 +4,14 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from sortserve.engine.vllm.deciding import MeasuredStep
+from sortserve.engine.vllm.deciding import MeasuredStep, Rows
 
 
 class StepClock:
     """Pairs schedulings with outputs, which vLLM delivers in order. Seconds on one clock."""
 
     def __init__(self) -> None:
-        self._open: deque[tuple[int, float, dict[int, tuple[int, int, int]], bool]] = deque()
+        self._open: deque[tuple[int, float, dict[int, Rows], bool]] = deque()
         self._last_end = 0.0
         self._went_on = False  # somebody was left then, who waits until the next step
 
@@ -19,12 +19,16 @@ class StepClock:
         """A step has been scheduled, at `now`; steps without rows are not measured."""
         if not output.num_scheduled_tokens:
             return
-        rows: dict[int, tuple[int, int, int]] = {}
+        rows: dict[int, Rows] = {}
         had_prompt = False
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = requests[request_id]
-            before = rows.get(places[request_id], (0, 0, 0))
-            rows[places[request_id]] = before[0] + tokens, before[1] + 1, before[2] + request.num_computed_tokens
+            context = request.num_computed_tokens  # these rows included
+            pairs = tokens * (context - tokens / 2) if tokens > 1 else 0.0
+            before = rows.get(places[request_id], Rows())
+            rows[places[request_id]] = Rows(
+                before.rows + tokens, before.requests + 1, before.context + context, before.pairs + pairs
+            )
             had_prompt |= tokens > 1 or request.is_prefill_chunk
         self._open.append((id(output), now, rows, had_prompt))
 
