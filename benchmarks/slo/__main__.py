@@ -63,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--policies", default="fixed,reject-only,slack", help="also fixed:floor; default: fixed,reject-only,slack")
     add("--loads", default="0.8,1.5,0.8f", help="multiples of the full model's capacity; 0.8f: of the floor's")
     add("--seconds", type=float, default=60.0, help="of each point; default: 60")
-    add("--drain-seconds", type=float, default=10.0, help="that answers may take after the last request; default: 10")
+    add(
+        "--drain-seconds",
+        type=float,
+        default=10.0,
+        help="waited after the last request at least, until no budget can be kept; default: 10",
+    )
     add("--start", type=int, default=0, help="first request of the trace; default: 0")
     add("--lengths", type=float, default=0.125, help="scale of the trace's lengths; default: 0.125")
     add("--seed", type=int, default=0, help="of budgets and prompts; default: 0")

@@ -12,9 +12,12 @@ from benchmarks.slo.serving import Served, Settings, started
 from benchmarks.slo.simulated import Slowness, foretold, replica, slowness
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.model_config import load_model_config
+from sortserve.engine.simulator.replica import ReplicaConfig
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
 
 _SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has
+
+_CROWD = 4  # times the clients of a closed loop, before the first
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Bench:
     unloaded: Unloaded
     capacity: Sequence[measured.Capacity]  # in the ladder's order, the full model last
     slowness: Slowness | None  # of the server against its profile; None: nothing is simulated
+    simulated: ReplicaConfig | None  # as slow as the server
     commit: str  # of before anything was written
 
     @property
@@ -74,23 +78,25 @@ def prepare(asked: argparse.Namespace) -> Bench:
         trace = load.fitted(read_trace(asked.trace), asked.lengths, context)
         texts = load.Texts(served.tokens_of(load.read_text(asked.text)))
         sample = load.drawn(trace, asked.start, _SAMPLED, seed=4)
-        # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs
-        measured.capacity(served, sample, ids[-1], texts, asked.clients, asked.capacity_seconds)
+        # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs; and
+        # by crowded steps vLLM learns what those of overload take
+        crowd = load.pinned_asks(sample.num_prompt, sample.num_output, ids[-1], texts, seed=1)
+        served.closed_loop(crowd, _CROWD * asked.clients, asked.capacity_seconds)
         unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds)
         print(
             f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
         )
         print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
         capacity = [measure(served, sample, rung, texts, asked) for rung in rungs]
-    slow = None
+    slow = simulated = None
     if asked.simulated:
-        rates = {ladder.place(each.submodel): each.requests_per_second for each in capacity}
-        ends = {place: rates[place] for place in (ladder.default_floor, ladder.full)}
-        slow = slowness(replica(settings, asked.kv_memory, ladder), sample, asked.clients, ends)
+        simulated = replica(settings, asked.kv_memory, ladder)
+        slow = slowness(simulated, sample, ladder, asked.clients, capacity)
+        simulated = slow.applied(simulated)
         print(
             f"simulated with {slow.factor:.2f}x the profile's step times and {1e3 * slow.between:.2f} ms between steps"
         )
-    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, slow, commit())
+    bench = Bench(asked, settings, ladder, trace, sample, texts, unloaded, capacity, slow, simulated, commit())
     ratio = bench.floor.requests_per_second / bench.full.requests_per_second
     print(f"the floor {bench.floor.submodel} does {ratio:.2f}x of the full model's requests")
     return bench
@@ -126,7 +132,8 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
     with started(bench.settings, name, *pinned) as served:
         warm_up(served, bench)
         before = served.counters()
-        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), asked.drain_seconds)
+        drain = max(asked.drain_seconds, load.latest_due(work) - asked.seconds)
+        outcomes = served.open_loop(load.asks(work, bench.texts, asked.seed), drain)
         counted = served.counters()
         counted.subtract(before)
     assert len(outcomes) == len(work), "every request comes back as something"
@@ -136,9 +143,8 @@ def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
         for outcome in sorted(outcomes, key=lambda outcome: outcome.number)
     ]
     simulated = None
-    if bench.slowness is not None:
-        config = bench.slowness.applied(replica(bench.settings, asked.kv_memory, bench.ladder))
-        simulated = foretold(config, name, bench.ladder, only, work, asked.seconds)
+    if bench.simulated is not None:
+        simulated = foretold(bench.simulated, name, bench.ladder, only, work, asked.seconds)
     return {
         "policy": policy,
         "load": multiple,

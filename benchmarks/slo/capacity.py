@@ -20,6 +20,8 @@ class Capacity:
     submodel: str
     requests_per_second: float
     output_tokens_per_second: float
+    answers: int  # complete ones, from the start on
+    seconds: float  # until the last of them
 
 
 def capacity(served: Served, trace: Trace, submodel: str, texts: Texts, clients: int, seconds: float) -> Capacity:
@@ -27,7 +29,8 @@ def capacity(served: Served, trace: Trace, submodel: str, texts: Texts, clients:
     asked = pinned_asks(trace.num_prompt, trace.num_output, submodel, texts, seed=1)
     outcomes = served.closed_loop(asked, clients, seconds)
     requests, tokens = throughput(outcomes, trace, seconds)
-    return Capacity(submodel, requests, tokens)
+    ends = [outcome.last for outcome in outcomes if outcome.complete]
+    return Capacity(submodel, requests, tokens, len(ends), max(ends))
 
 
 def throughput(outcomes: list[Outcome], trace: Trace, seconds: float) -> tuple[float, float]:

@@ -74,6 +74,14 @@ def budget_of(work: Workload, number: int) -> Budget | None:
     )
 
 
+def latest_due(work: Workload) -> float:
+    """Seconds from the start until no budget can be kept any more; 0 without budgets."""
+    tokens = np.maximum(work.num_output - 1, 0)
+    paced = work.ttft + np.where(np.isfinite(work.tpot), work.tpot, 0.0) * tokens
+    due = work.arrival + np.minimum(paced, work.total)
+    return float(due[work.budgeted & np.isfinite(due)].max(initial=0.0))
+
+
 def asks(work: Workload, texts: Texts, seed: int) -> list[Ask]:
     """The requests of a workload, due when they arrive."""
     rng = np.random.default_rng(seed)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.slo import figures
+from benchmarks.slo import figures, load
 from benchmarks.slo.capacity import fit_unloaded, throughput
 from benchmarks.slo.figures import Answered
 from benchmarks.slo.results import checks
 from benchmarks.slo.wire import Outcome
 from sortserve.engine.budget import Budget
 from sortserve.engine.simulator.traces import Trace
+from tests.engine.policies.traces import workload
 
 QUALITIES = {"d2": 0.8, "d4": 1.0}
 
@@ -206,3 +208,12 @@ def test_targets_are_judged_by_the_points_that_count() -> None:
     assert list(checks(head, [point("slack", 3.0, attainment_worst_30s=0.1)]).values()) == [True]
     assert list(checks(head, [point("fixed", 2.4, attainment=0.6)]).values()) == [True, False]
     assert not checks({"capacity": capacity, "floor": "d4"}, []).popitem()[1]
+
+
+def test_waits_until_no_budget_can_be_kept() -> None:
+    """By a total, by the first token and the pace, and by nothing."""
+    never = np.inf
+    work = workload([1.0, 2.0, 3.0], 10, [5, 3, 9], total=[20.0, never, never], ttft=[never, 4.0, never])
+    assert load.latest_due(replace(work, tpot=np.array([never, 0.5, never]))) == 21.0
+    assert load.latest_due(replace(work, tpot=np.array([never, 9.0, never]))) == 2.0 + 4.0 + 2 * 9.0
+    assert load.latest_due(workload([1.0], 10, 5)) == 0.0

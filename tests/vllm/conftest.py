@@ -55,3 +55,19 @@ def starter() -> Starter:
 def engine(starter: Starter, ladder_path: Path) -> Engine:
     """The bundled model with sub-models, float32, short of memory: prompts are chunked and requests preempted."""
     return starter(BUNDLED, ladder_path=ladder_path)
+
+
+@pytest.fixture
+def clean(engine: Engine) -> None:
+    """Nothing that another test wrote, and nothing cached."""
+    decider = engine.decider
+    for written in (
+        decider.program,
+        decider.refuse,
+        decider.cut,
+        decider.order,
+        decider.steps,
+        decider.seen,
+    ):
+        written.clear()
+    assert engine.llm.reset_prefix_cache()

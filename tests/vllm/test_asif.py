@@ -10,7 +10,7 @@ from sortserve.engine.model_config import load_model_config
 from tests.vllm.conftest import BUNDLED, Starter
 from tests.vllm.engines import Engine
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("clean")]
 
 MAX_TOKENS = 24
 PROMPT_LENGTHS = (3, 20, 31, 33, 64, 70, 96, 130)  # around the block size of 32 and the step size of 64

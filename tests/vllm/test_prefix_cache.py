@@ -5,14 +5,7 @@ import pytest
 from tests.vllm.engines import BLOCK_TOKENS, Engine
 from tests.vllm.test_asif import pinned, prompts
 
-pytestmark = pytest.mark.smoke
-
-
-@pytest.fixture(autouse=True)
-def clean(engine: Engine) -> None:
-    """No program, and nothing cached."""
-    engine.decider.program.clear()
-    assert engine.llm.reset_prefix_cache()
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("clean")]
 
 
 def test_the_same_submodel_finds_them_and_says_the_same(engine: Engine) -> None:

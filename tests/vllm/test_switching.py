@@ -9,25 +9,9 @@ from tests.vllm.conftest import BUNDLED
 from tests.vllm.engines import BLOCK_TOKENS, Engine
 from tests.vllm.test_asif import pinned, prompts
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("clean")]
 
 BUDGET = {"sortserve_budget": [-1, -1, 3_600_000]}  # whose K/V may be reused
-
-
-@pytest.fixture(autouse=True)
-def clean(engine: Engine) -> None:
-    """No program, and nothing cached."""
-    decider = engine.decider
-    for written in (
-        decider.program,
-        decider.refuse,
-        decider.cut,
-        decider.order,
-        decider.steps,
-        decider.seen,
-    ):
-        written.clear()
-    assert engine.llm.reset_prefix_cache()
 
 
 def places_by_width(engine: Engine) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class Acceptance:
         `requests` are the rows of `view`, with everybody at `place` [n]; `measured`: whether its cost is a measured one.
         """
         first, last = self._foreteller.foretell(view, place, chunk_tokens)
-        now, factor = view.now, self._foreteller.factor
+        now = view.now
         rows = {request.id: row for row, request in enumerate(requests)}
         events = []
         for part in begun:
@@ -57,10 +57,9 @@ class Acceptance:
             predicted, met = None, True
             if request.asked.budget is not None and measured:
                 request.foretold = float(last[row])
-                ends = now + request.foretold * factor
                 expected = request.num_output + int(view.expected_left[row])
-                predicted = ends - arrival
-                met = request.asked.budget.met(arrival, now + float(first[row]) * factor, ends, expected)
+                coming = float(first[row]), request.foretold
+                predicted, met = self._foreteller.told(request.asked.budget, arrival, now, coming, expected)
             submodel = self._ids[request.submodel]
             events.append(AcceptedEvent(request.id, submodel, predicted, met, now - arrival, request.cached_tokens))
         return events

@@ -45,7 +45,7 @@ class StepError:
 class CostModel:
     """A StepCost that learns. Not thread-safe."""
 
-    def __init__(self, table: CostTable) -> None:
+    def __init__(self, table: CostTable, between: float = 0.0) -> None:
         self.table = table  # as fitted
         self._now = table  # with the factors of its terms
         self._speed = 0.0  # logarithms of factors
@@ -55,7 +55,9 @@ class CostModel:
         self._ratios: dict[StepKind, deque[tuple[float, bool]]] = {kind: deque(maxlen=REMEMBERED) for kind in KINDS}
         self._spread = dict.fromkeys(KINDS, NEW_SPREAD)
         self.last_seconds = 0.0  # of the last step noted
-        self.between = 0.0  # seconds from one step to the next, of late: what a step takes of the machine beside itself
+        self.between = (
+            between  # seconds from one step to the next, of late: what a step takes of the machine beside itself
+        )
         self._noted: list[tuple[StepShape, float]] = []
 
     @property

@@ -11,6 +11,7 @@ from collections import deque
 
 import numpy as np
 
+from sortserve.engine.budget import Budget
 from sortserve.engine.cost import StepCost
 from sortserve.engine.policies.outlook import Outlook
 from sortserve.engine.policies.prices import Prices
@@ -41,6 +42,14 @@ class Foreteller:
             self._prices = view.cost, Prices.of(view.cost, view.rungs, view.step_tokens)
         forecast = Outlook(view, self._prices[1]).foresee(place[None], np.array([float(chunk_tokens)]))
         return forecast.first[0], forecast.last[0]
+
+    def told(
+        self, budget: Budget, arrival: float, now: float, coming: tuple[float, float], num_output: int
+    ) -> tuple[float, bool]:
+        """What a client hears: seconds from its arrival to its last token, and whether that keeps its budget. `coming`: of
+        `foretell`, until its next token and its last one; `num_output`: tokens then."""
+        first, last = (now + seconds * self.factor for seconds in coming)
+        return last - arrival, budget.met(arrival, first, last, num_output)
 
     def ended(self, foretold: float, taken: float) -> None:
         """An answer ended that was foretold to take so long from its first row on, before `factor`."""

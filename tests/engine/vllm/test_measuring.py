@@ -15,21 +15,26 @@ def scheduled(clock: StepClock, step: Any, now: float, place: int = 2, *, prompt
     clock.scheduled(step, {"a": place, "b": place}, requests, now)
 
 
-def test_what_is_done_between_two_steps_counts_while_somebody_waits() -> None:
+def test_what_is_done_between_two_steps_is_told_apart_while_somebody_waits() -> None:
     clock = StepClock()
     first, second, third = output(a=30, b=1), output(a=1, b=1), output(a=1)
     scheduled(clock, first, 10.0)
     step = clock.finished(first, 10.5, goes_on=True)
     assert step is not None
-    assert (step.seconds, step.rows, step.had_prompt) == (0.5, {2: (31, 2, 80)}, True)
+    assert (step.seconds, step.rows, step.had_prompt, step.between) == (
+        0.5,
+        {2: (31, 2, 80, 30 * (40 - 15))},
+        True,
+        None,
+    )
     scheduled(clock, second, 10.625)
     step = clock.finished(second, 10.75, goes_on=False)
     assert step is not None
-    assert (step.seconds, step.had_prompt) == (0.25, False)
+    assert (step.seconds, step.had_prompt, step.between) == (0.125, False, 0.125)
     scheduled(clock, third, 60.0)  # nobody was there
     step = clock.finished(third, 60.125, goes_on=True)
     assert step is not None
-    assert step.seconds == 0.125
+    assert (step.seconds, step.between) == (0.125, None)
 
 
 def test_a_step_that_overlaps_its_predecessor_counts_from_the_end_of_that_one() -> None:
@@ -37,10 +42,10 @@ def test_a_step_that_overlaps_its_predecessor_counts_from_the_end_of_that_one() 
     first, second = output(a=1), output(a=1)
     scheduled(clock, first, 1.0)
     scheduled(clock, second, 1.25)
-    for step, now, seconds in ((first, 2.0, 1.0), (second, 2.5, 0.5)):
-        found = clock.finished(step, now, goes_on=False)
+    for step, now, seconds, between in ((first, 2.0, 1.0, None), (second, 2.5, 0.5, 0.0)):
+        found = clock.finished(step, now, goes_on=True)
         assert found is not None
-        assert found.seconds == seconds
+        assert (found.seconds, found.between) == (seconds, between)
 
 
 def test_steps_without_rows_or_whose_outputs_were_dropped() -> None:

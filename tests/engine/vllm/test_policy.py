@@ -15,7 +15,7 @@ from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Vi
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.rungs import Rungs
 from sortserve.engine.settings import SettingsTable
-from sortserve.engine.vllm.deciding import MeasuredStep, Setup, Standing
+from sortserve.engine.vllm.deciding import MeasuredStep, Rows, Setup, Standing
 from sortserve.engine.vllm.learned import ENOUGH_STEPS, shape_of
 from sortserve.engine.vllm.policy import FACTORY, PolicyDecider, policy_decider
 from tests.engine.small import LADDER, step_cost
@@ -69,9 +69,9 @@ def taught(policy: str = "slack") -> PolicyDecider:
     made, cost, rng = decider(policy), step_cost(), np.random.default_rng(3)
     for number in range(2 * ENOUGH_STEPS):
         place, rows = int(rng.integers(len(LADDER.entries))), int(rng.integers(1, 9))
-        step = MeasuredStep({place: (rows, rows, rows * 30)}, 0.0, False)
+        step = MeasuredStep({place: Rows(rows, rows, rows * 30)}, 0.0, False)
         if number % 4 == 0:
-            step = MeasuredStep({place: (8 * rows, 1, 8 * rows)}, 0.0, True)
+            step = MeasuredStep({place: Rows(8 * rows, 1, 8 * rows, 32 * rows * rows)}, 0.0, True)
         made.measured(MeasuredStep(step.rows, float(cost.seconds(shape_of(RUNGS, step))), step.had_prompt))
     return made
 
@@ -106,14 +106,46 @@ def test_costs_come_from_the_steps_that_ran() -> None:
     assert prefill_seconds(made.cost.now, RUNGS, FULL, 40, 64) == pytest.approx(expected, rel=0.15)
 
 
+def test_what_is_between_steps_is_a_term_of_its_own() -> None:
+    """4 ms from each step to the next; kept where the table is fitted anew, as it is after the last of these."""
+    made, cost = decider(), step_cost()
+    step = MeasuredStep({FULL: Rows(4, 4, 120)}, 0.0, False)
+    seconds = float(cost.seconds(shape_of(RUNGS, step)))
+    for _ in range(4 * ENOUGH_STEPS):
+        made.measured(MeasuredStep(step.rows, seconds, False, between=0.004))
+    assert float(made.cost.now.seconds(shape_of(RUNGS, step))) == pytest.approx(seconds + 0.004, rel=0.01)
+    assert made.cost.table is not None
+    assert made.cost.table.base >= 0.0039
+
+
+def test_costs_follow_what_clients_do() -> None:
+    """Crowded steps, which the first ones were not: the table is fitted anew to both, none of them forgotten."""
+    made, cost = taught(), step_cost()
+
+    def shape(rows: int) -> StepShape:
+        return shape_of(RUNGS, MeasuredStep({FULL: Rows(rows, rows, 30 * rows)}, 0.0, False))
+
+    crowded = 5 * float(cost.seconds(shape(60)))
+    for number in range(14 * ENOUGH_STEPS):
+        rows = 60 if number % 2 else 4
+        made.measured(
+            MeasuredStep(
+                {FULL: Rows(rows, rows, 30 * rows)}, crowded if rows == 60 else float(cost.seconds(shape(4))), False
+            )
+        )
+    assert float(made.cost.now.seconds(shape(60))) == pytest.approx(crowded, rel=0.1)
+    for rows in (2, 4, 8):
+        assert float(made.cost.now.seconds(shape(rows))) == pytest.approx(float(cost.seconds(shape(rows))), rel=0.2)
+
+
 def test_shape_of_a_step() -> None:
     """A chunk of 40 rows whose context they are themselves, beside two single rows."""
-    shape = shape_of(RUNGS, MeasuredStep({FULL: (40, 1, 40), 0: (2, 2, 60)}, 1.0, True))
+    shape = shape_of(RUNGS, MeasuredStep({FULL: Rows(40, 1, 40, 800.0), 0: Rows(2, 2, 60)}, 1.0, True))
     assert shape.rows.tolist() == [42] + [40] * (RUNGS.num_segments - 1)
     assert shape.context.tolist() == [100] + [40] * (RUNGS.num_segments - 1)
     assert shape.pairs.tolist() == [40 * 20.0] * RUNGS.num_segments
     assert (float(shape.sampled), shape.kind) == (3.0, "mixed")
-    assert shape_of(RUNGS, MeasuredStep({0: (2, 2, 60)}, 1.0, False)).kind == "decode"
+    assert shape_of(RUNGS, MeasuredStep({0: Rows(2, 2, 60)}, 1.0, False)).kind == "decode"
 
 
 def test_nothing_is_predicted_before_enough_steps_ran() -> None:
@@ -206,6 +238,29 @@ def test_who_began_of_late_is_foreseen_to_go_on_coming() -> None:
     view = made.view([first, second], 100.3)
     assert (view.starts, view.start_rows) == (2.0, (20 + 24) / 2)
     assert made.view([first], 101.1).starts == 1.0
+
+
+def test_what_is_foretold_of_those_that_may_begin() -> None:
+    """As in our own engine: the prompts ahead and the others' rows count, and so does what the last answers took."""
+    made, cost = taught("fixed"), step_cost()
+    ample = standing("ample", budget=Budget(total_ms=1e6), max_tokens=11)
+    told = made.decide([ample, standing("none"), running("runs")], 102.0).foretold
+    assert told.keys() == {"ample"}
+    two, three = (float(cost.seconds(decode_shape(RUNGS, np.eye(len(LADDER.entries))[FULL] * n, 25.0))) for n in (2, 3))
+    prompts = prefill_seconds(cost, RUNGS, FULL, 40, 64)
+    seconds, met = told["ample"]
+    assert 2.0 + prompts + 10 * two < seconds < 2.0 + 1.3 * (prompts + 10 * three)
+    assert met
+    assert made.decide([standing("tight", budget=Budget(total_ms=1.0))], 102.0).foretold["tight"][1] is False
+    made = taught("fixed")
+    for number in range(8):  # each takes three times as long as foretold
+        name, at = f"r{number}", 110.0 + 100 * number
+        waits = standing(name, arrival=at, budget=Budget(total_ms=1e6), max_tokens=11)
+        alone = made.decide([waits], at).foretold[name][0]
+        made.decide([running(name, num_output=10, arrival=at, budget=waits.budget, max_tokens=11)], at + 0.01)
+        made.decide([], at + 3 * alone)
+    slower = standing("slower", arrival=1000.0, budget=Budget(total_ms=1e6), max_tokens=11)
+    assert made.decide([slower], 1000.0).foretold["slower"][0] == pytest.approx(3 * alone, rel=0.1)
 
 
 def test_who_sits_out_goes_on_as_it_is() -> None:

@@ -127,9 +127,11 @@ def test_grammars_are_lark() -> None:
 def test_sub_models_are_told_token_by_token() -> None:
     """Whatever vLLM merged: the runs are of the whole answer."""
     answer = Answer(request(), "d8")
-    first = answer.take(Output([4], told={"submodels": [["d8", 1]]}, cached=2), 10.0)
+    told = {"submodels": [["d8", 1]], "foretold": [1.5, False]}
+    first = answer.take(Output([4], told=told, cached=2), 10.0)
     assert isinstance(first[0], AcceptedEvent)
     assert (first[0].submodel, first[0].cached_tokens) == ("d8", 2)
+    assert (first[0].predicted_seconds, first[0].predicted_met) == (1.5, False)
     merged = answer.take(Output([5, 6, 7], told={"submodels": [["d8", 2], ["d4", 1], ["d2", 1]]}), 11.0)
     assert [(event.token, event.submodel) for event in merged if isinstance(event, TokenEvent)] == [
         (5, "d8"),

@@ -6,7 +6,7 @@ ends the engine process, as any bug in the scheduler does. All times are seconds
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sortserve.engine.budget import Budget
 from sortserve.engine.ladder import Ladder
@@ -66,17 +66,29 @@ class Answer:
     refuse: frozenset[str] = frozenset()  # only those that never ran
     cut: frozenset[str] = frozenset()  # end now, with what they have
     chunk_tokens: int | None = None  # most rows of prompts in this step; None: what vLLM allows
+    foretold: Mapping[str, tuple[float, bool]] = field(default_factory=dict)
+    """Of those that have a budget and may begin now: seconds from arrival to the last token, and whether that keeps it."""
     order: tuple[str, ...] = ()  # whose turn comes first where not all can run; others come behind, as vLLM has them
+
+
+class Rows(NamedTuple):
+    """What ran on one place in a step."""
+
+    rows: int = 0
+    requests: int = 0
+    context: int = 0  # tokens, these rows included, of all these requests
+    pairs: float = 0.0  # query x context pairs of those with more than one row
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """What ran in a step and how long it took until its outputs: from the end of the step before it, or from its scheduling
-    if nobody was left then."""
+    """What ran in a step and how long it took until its outputs: from its scheduling, or from the end of the step before it
+    if that was later."""
 
-    rows: Mapping[int, tuple[int, int, int]]  # by place: rows, requests, sum of their contexts in tokens
+    rows: Mapping[int, Rows]  # by place
     seconds: float
     had_prompt: bool
+    between: float | None = None  # seconds from the end of the step before it; None if nobody was left then
 
 
 class Decider(Protocol):

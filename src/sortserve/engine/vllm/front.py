@@ -72,12 +72,8 @@ class Front:
             self._tell([FailedEvent.of(request.request_id, error)])
             return
         self._count.prompt_tokens += len(request.prompt)
-
-        def forecast(submodel: str) -> tuple[float | None, bool]:
-            return self.outlook.of_request(request, submodel, self._answers.values(), time.monotonic())
-
         starts = self._info.ladder.entries[terms.ceiling].id
-        answer = Answer(request, starts, terms.kv_mode, forecast)
+        answer = Answer(request, starts, terms.kv_mode)
         self._answers[request.request_id] = answer
         task = self._tasks[request.request_id] = asyncio.create_task(self._serve(answer, params))
         task.add_done_callback(lambda _: self._ended(answer))
@@ -159,8 +155,6 @@ class Front:
         closed."""
         self._tasks.pop(answer.asked.request_id)
         self._answers.pop(answer.asked.request_id)
-        if answer.num_output and answer.over:
-            self.outlook.lengths.observe(answer.num_output)
         if not answer.over:
             self._tell([answer.aborted(time.monotonic())])
 

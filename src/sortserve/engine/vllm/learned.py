@@ -1,8 +1,10 @@
 """What steps cost inside vLLM, learned from the steps that ran: nothing can be profiled there before the scheduler is.
 
 Plain numbers, no vLLM. A first table is fitted once enough steps ran, which the warm-up's requests see to; it is fitted
-anew as more of them came, and in between every step corrects it.
+anew each time that twice as many came, since clients' steps are others than the warm-up's, and every step corrects it.
 """
+
+import random
 
 import numpy as np
 
@@ -13,9 +15,9 @@ from sortserve.engine.rungs import Floats, Rungs
 from sortserve.engine.vllm.deciding import MeasuredStep
 
 ENOUGH_STEPS = 64
-"""Measured steps that a first table is fitted to; again at each as many more, up to MOST_STEPS: a fit takes the scheduler
-up to some 0.1 s, so there are few, and the warm-up has most of them."""
-MOST_STEPS = 256
+"""Measured steps that a first table is fitted to."""
+MOST_STEPS = 512
+"""Of all measured ones, drawn evenly: a fit to them takes the scheduler some 0.1 s, so there are few fits."""
 MOST_BUCKET = 1024
 
 
@@ -28,6 +30,7 @@ class LearnedCost:
         self._rungs = rungs
         self._measured: list[Measured] = []
         self._next_fit = ENOUGH_STEPS
+        self._draw = random.Random(0)
 
     @property
     def now(self) -> StepCost:
@@ -39,36 +42,31 @@ class LearnedCost:
         """The table as it is now, corrections included; None before the first fit."""
         return None if self.model is None else self.model.present()
 
-    def note(self, shape: StepShape, seconds: float) -> None:
-        """A step ran."""
+    def note(self, shape: StepShape, seconds: float, between: float | None = None) -> None:
+        """A step ran; see `CostModel.note`."""
         if not 0.0 < seconds < np.inf or not (shape.rows > 0).any():
             return
         self.steps += 1
         if self.model is not None:
-            self.model.observe(shape, seconds)
-        if len(self._measured) >= MOST_STEPS:
-            return
-        self._measured.append(Measured(shape, seconds))
-        if len(self._measured) == self._next_fit:
-            self._next_fit += ENOUGH_STEPS
+            self.model.note(shape, seconds, between)
+            self.model.learn()
+        if len(self._measured) < MOST_STEPS:
+            self._measured.append(Measured(shape, seconds))
+        elif (place := self._draw.randrange(self.steps)) < MOST_STEPS:
+            self._measured[place] = Measured(shape, seconds)
+        if self.steps == self._next_fit:
+            self._next_fit *= 2
             most = max(float(each.shape.rows.max(initial=1.0)) for each in self._measured)
             powers = int(min(most, MOST_BUCKET)).bit_length()
-            self.model = CostModel(
-                fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
-            )
+            table = fit_table(self._rungs.layers, [1 << power for power in range(powers)], self._measured)
+            self.model = CostModel(table, 0.0 if self.model is None else self.model.between)
 
 
 def shape_of(rungs: Rungs, step: MeasuredStep) -> StepShape:
-    """The shape of a step that vLLM ran.
-
-    It tells rows, requests and contexts, these rows included, by place. Which of a place's requests had more than one row
-    is not told: the rows above one a request count as one chunk, with a context like the others'.
-    """
+    """The shape of a step that vLLM ran."""
     spread: Floats = np.zeros((4, len(rungs.exits)))  # rows, requests, contexts, pairs; by place
-    for place, (rows, requests, contexts) in step.rows.items():
-        chunk = rows - requests + 1
-        context = max(contexts / max(1, requests), chunk)
-        spread[:, place] = rows, requests, contexts, chunk * (context - chunk / 2) if chunk > 1 else 0.0
+    for place, ran in step.rows.items():
+        spread[:, place] = ran
     rows, requests, contexts, pairs = spread
     share = np.where(rows[:, None] > 0, rungs.share, 0.0)
     return StepShape(

@@ -4,38 +4,43 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from sortserve.engine.vllm.deciding import MeasuredStep
+from sortserve.engine.vllm.deciding import MeasuredStep, Rows
 
 
 class StepClock:
     """Pairs schedulings with outputs, which vLLM delivers in order. Seconds on one clock."""
 
     def __init__(self) -> None:
-        self._open: deque[tuple[int, float, dict[int, tuple[int, int, int]], bool]] = deque()
+        self._open: deque[tuple[int, float, dict[int, Rows], bool]] = deque()
         self._last_end = 0.0
-        self._went_on = False  # somebody was left then, so that the time until the next step is a part of that one
+        self._went_on = False  # somebody was left then, who waits until the next step
 
     def scheduled(self, output: Any, places: Mapping[str, int], requests: Mapping[str, Any], now: float) -> None:
-        """A step was scheduled at `now`; steps without rows are not measured."""
+        """A step has been scheduled, at `now`; steps without rows are not measured."""
         if not output.num_scheduled_tokens:
             return
-        rows: dict[int, tuple[int, int, int]] = {}
+        rows: dict[int, Rows] = {}
         had_prompt = False
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = requests[request_id]
-            before = rows.get(places[request_id], (0, 0, 0))
-            rows[places[request_id]] = before[0] + tokens, before[1] + 1, before[2] + request.num_computed_tokens
+            context = request.num_computed_tokens  # these rows included
+            pairs = tokens * (context - tokens / 2) if tokens > 1 else 0.0
+            before = rows.get(places[request_id], Rows())
+            rows[places[request_id]] = Rows(
+                before.rows + tokens, before.requests + 1, before.context + context, before.pairs + pairs
+            )
             had_prompt |= tokens > 1 or request.is_prefill_chunk
         self._open.append((id(output), now, rows, had_prompt))
 
     def finished(self, output: Any, now: float, *, goes_on: bool) -> MeasuredStep | None:
         """Its outputs are there; None for a step that is not measured. `goes_on`: requests are left, so that whatever is
-        done until the next step is scheduled delays them: it counts as a part of that step."""
+        done until the next step has been scheduled delays them."""
         while self._open and self._open[0][0] != id(output) and any(number == id(output) for number, *_ in self._open):
             self._open.popleft()  # its outputs were dropped
         if not self._open or self._open[0][0] != id(output):
             return None
         _, began, rows, had_prompt = self._open.popleft()
-        seconds = now - (self._last_end if self._went_on else max(began, self._last_end))
+        between = max(0.0, began - self._last_end) if self._went_on else None
+        seconds = now - max(began, self._last_end)
         self._last_end, self._went_on = now, goes_on
-        return MeasuredStep(rows, seconds, had_prompt)
+        return MeasuredStep(rows, seconds, had_prompt, between)

@@ -1,7 +1,7 @@
 """What the front end of the vLLM back end knows of its scheduler, which is another process: its counters and its costs.
 
 Reports come a few times a second (`reporting.py`). From the costs in them it is told at once whether a strict budget can be
-kept, what a request that begins is predicted to take, and what one more would. No vLLM here.
+kept, and what one more request would take. No vLLM here.
 """
 
 from collections import Counter
@@ -9,15 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from sortserve.engine.admission import Load, Terms, check_strict
 from sortserve.engine.cost import CostTable, StepKind
 from sortserve.engine.cost_file import decode_cost
-from sortserve.engine.estimates import decode_seconds
 from sortserve.engine.forecast import Forecast
 from sortserve.engine.ladder import Ladder
-from sortserve.engine.lengths import AnswerLengths
 from sortserve.engine.protocol import EngineStats, GenerateRequest, Prediction
 from sortserve.engine.rungs import Rungs
 from sortserve.engine.settings import SettingsTable
@@ -29,7 +26,6 @@ class Outlook:
 
     def __init__(self, ladder: Ladder, step_tokens: int, kv_blocks: int) -> None:
         self.cost: CostTable | None = None
-        self.lengths = AnswerLengths()
         self._ladder = ladder
         self._rungs = Rungs.of(ladder, SettingsTable(ladder))
         self._step_tokens, self._kv_blocks = step_tokens, kv_blocks
@@ -63,24 +59,6 @@ class Outlook:
         """Refuse a strict budget that cannot be kept, as `check_strict` does; nobody before costs are known."""
         if self.cost is not None:
             check_strict(asked, terms, Load(self.cost, self._rungs, self._step_tokens, num_running))
-
-    def of_request(
-        self, asked: GenerateRequest, submodel: str, answers: Iterable[Answer], now: float
-    ) -> tuple[float | None, bool]:
-        """Seconds from its arrival to its last expected token, its first one coming now, and whether that meets its
-        budget; None without one."""
-        if asked.budget is None or self.cost is None:
-            return None, True
-        running = self._forecast(answers)
-        place = self._ladder.place(submodel)
-        rows = max(1, running.running.total())
-        step = decode_seconds(self.cost, self._rungs, {place: rows}, running.context)
-        left = self.lengths.expected_left_of(
-            np.zeros(1, np.int64), np.array([asked.sampling.max_tokens]), np.array([asked.sampling.ignore_eos])
-        )
-        expected = int(left[0])
-        last_at = now + step * (expected - 1)
-        return last_at - asked.arrival, asked.budget.met(asked.arrival, now, last_at, expected)
 
     def one_more(self, prompt_tokens: int, answers: Iterable[Answer]) -> dict[str, Prediction]:
         """What one more request of that many prompt tokens would take now, by sub-model id."""

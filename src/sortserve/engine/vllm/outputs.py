@@ -5,7 +5,7 @@ all its output tokens. They are cumulative because vLLM merges outputs that its 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,6 @@ class Answer:
     asked: GenerateRequest
     starts: str  # id of the sub-model that is told where the scheduler says nothing
     kv_mode: KVMode = "exact"
-    forecast: Callable[[str], tuple[float | None, bool]] = lambda submodel: (None, True)
-    """Seconds from its arrival to its last token, and whether that meets its budget, if it runs this sub-model."""
     told: Mapping[str, Any] = field(default_factory=dict)  # the last there was
     num_output: int = 0
     cached: int = 0
@@ -77,7 +75,7 @@ class Answer:
         if not self.accepted and (submodels or output.prompt_logprobs or output.finish_reason is not None):
             self.accepted = True
             began = submodels[0] if submodels else self.starts
-            predicted, met = self.forecast(began)
+            predicted, met = self.told.get("foretold") or (None, True)
             queued = max(0.0, float(self.told.get("queue") or 0.0))
             events.append(AcceptedEvent(self.asked.request_id, began, predicted, met, queued, self.cached))
         if output.prompt_logprobs and self.asked.sampling.prompt_logprobs is not None:

@@ -14,11 +14,11 @@ import numpy as np
 from sortserve.engine.cost_file import encode_cost
 from sortserve.engine.errors import StartupError
 from sortserve.engine.estimates import decode_shape
+from sortserve.engine.foretelling import Foreteller
 from sortserve.engine.lengths import AnswerLengths
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.rungs import Bools, Floats, Ints, Rungs
-from sortserve.engine.traffic import Traffic
 from sortserve.engine.vllm.deciding import CAPABILITIES, Answer, MeasuredStep, Setup, Standing
 from sortserve.engine.vllm.learned import LearnedCost, shape_of
 
@@ -49,7 +49,8 @@ class PolicyDecider:
         self.cost = LearnedCost(self.rungs)
         self._setup, self._policy, self._chunks = setup, policy, chunks
         self._lengths = AnswerLengths()
-        self._traffic = Traffic()
+        self._foreteller = Foreteller()
+        self._foretold: dict[str, tuple[float, float]] = {}  # by request: when it was last, and seconds from then
         self._answer = Answer()
         self._seen: dict[str, _Seen] = {}
         self._steps = 0
@@ -57,7 +58,7 @@ class PolicyDecider:
 
     def measured(self, step: MeasuredStep) -> None:
         """See Decider."""
-        self.cost.note(shape_of(self.rungs, step), step.seconds)
+        self.cost.note(shape_of(self.rungs, step), step.seconds, step.between)
 
     def stats(self) -> Mapping[str, Any]:
         """What the front end predicts with, and how good predictions were: JSON of the costs, and errors by kind of step."""
@@ -92,13 +93,15 @@ class PolicyDecider:
             for each in requests
         }
         for gone in self._seen.keys() - seen.keys():
+            asked_at, seconds = self._foretold.pop(gone, (now, 0.0))
             if self._seen[gone].num_output:
                 self._lengths.observe(self._seen[gone].num_output)
+                self._foreteller.ended(seconds, now - asked_at)
         before, self._seen = self._seen, seen
         for each in requests:
             was = before.get(each.request_id)
             if each.place != NEVER_RAN and (was is None or not was.begun):
-                self._traffic.note(now, each.num_prompt - each.num_cached)
+                self._foreteller.traffic.note(now, each.num_prompt - each.num_cached)
         if before.keys() != seen.keys():
             return True
         return any(
@@ -119,8 +122,26 @@ class PolicyDecider:
             dict(zip(names, decision.reason.tolist(), strict=True)),
             frozenset(refused),
             chunk_tokens=max(1, decision.chunk_tokens) if self._chunks else None,
+            foretold=self._foretell(view, requests, place, decision.chunk_tokens),
             order=tuple(names[number] for number in view.order.tolist()),
         )
+
+    def _foretell(
+        self, view: View, requests: Sequence[Standing], place: Ints, chunk_tokens: int
+    ) -> dict[str, tuple[float, bool]]:
+        """See Answer.foretold."""
+        new = np.flatnonzero(view.budgeted & (view.place == NEVER_RAN)).tolist()
+        told: dict[str, tuple[float, bool]] = {}
+        if not new or self.cost.model is None:
+            return told
+        first, last = self._foreteller.foretell(view, place, chunk_tokens)
+        for row in new:
+            each = requests[row]
+            assert each.budget is not None
+            coming, expected = (float(first[row]), float(last[row])), each.num_output + int(view.expected_left[row])
+            told[each.request_id] = self._foreteller.told(each.budget, each.arrival, view.now, coming, expected)
+            self._foretold[each.request_id] = view.now, coming[1]
+        return told
 
     def _too_late(self, requests: Sequence[Standing], now: float) -> frozenset[str]:
         """Those under the `cut` policy whose next token, with everybody else's, would come after their total."""
@@ -188,8 +209,8 @@ class PolicyDecider:
             next_due=upcoming,
             tokens_since_switch=ints("tokens_since_switch"),
             confidence=np.full(len(requests), np.nan),
-            starts=self._traffic.rate(now),
-            start_rows=self._traffic.rows,
+            starts=self._foreteller.traffic.rate(now),
+            start_rows=self._foreteller.traffic.rows,
         )
 
     def _computed(self, requests: Sequence[Standing]) -> Ints:

@@ -104,9 +104,20 @@ class _Loaded:
                 warming.cancel()
                 return
             warming.result()
-            if config.profile_cache:
-                _keep(self.outlook, self.info)
+            self.keep()
         self.mute = False
+
+    def keep(self) -> None:
+        """The costs as they are now, as a file that `sortserve simulate --cost` reads."""
+        if self.outlook.cost is None or not self.config.profile_cache:
+            return
+        try:
+            path = cache_folder() / f"vllm-{self.info.model.replace('/', '-')}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_cost(path, self.outlook.cost, {"model": self.info.model, "backend": "vllm"})
+            _LOG.info("step times kept in %s", path)
+        except (OSError, RuntimeError) as error:
+            _LOG.info("step times are not kept: %s", error)
 
 
 async def _run(engine: _Loaded, socket: zmq.asyncio.Socket, reports: zmq.asyncio.Socket) -> int:
@@ -149,6 +160,7 @@ async def _run(engine: _Loaded, socket: zmq.asyncio.Socket, reports: zmq.asyncio
             command = messages.decode_command(hearing.result())
             if isinstance(command, Stop):
                 await engine.front.finish()
+                engine.keep()
                 engine.says.put_nowait(Stopped())
                 await engine.says.join()
                 engine.llm.shutdown(timeout=_SHUTDOWN_SECONDS)
@@ -186,19 +198,6 @@ async def _pulse(front: "Front", says: "asyncio.Queue[messages.Report]", number:
     with contextlib.suppress(Exception):  # it is dead, which `front` has told
         await front.pulse()
         says.put_nowait(Answer(number))
-
-
-def _keep(outlook: Outlook, info: EngineInfo) -> None:
-    """The costs as a file that `sortserve simulate --cost` reads."""
-    if outlook.cost is None:
-        return
-    try:
-        path = cache_folder() / f"vllm-{info.model.replace('/', '-')}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_cost(path, outlook.cost, {"model": info.model, "backend": "vllm"})
-        _LOG.info("step times kept in %s", path)
-    except (OSError, RuntimeError) as error:
-        _LOG.info("step times are not kept: %s", error)
 
 
 def _end_with_parent(directory: Path) -> None:

@@ -99,7 +99,7 @@ class SubmodelMixin:
             exits = self._own.settings.exits
             ordered = sorted(output.num_scheduled_tokens.items(), key=lambda item: -exits[places[item[0]]])
             output.num_scheduled_tokens = dict(ordered)
-        self._clock.scheduled(output, places, self.requests, now)  # type: ignore[attr-defined]
+        self._clock.scheduled(output, places, self.requests, time.monotonic())  # type: ignore[attr-defined]
         return output
 
     def _begin(self, tracked: Tracked) -> int:
@@ -155,6 +155,7 @@ class SubmodelMixin:
             "reason": Reason(tracked.reason).name.lower(),
             "switches": tracked.switches,
             "recomputed_tokens": tracked.recomputed_tokens,
+            "foretold": tracked.foretold,
             "queue": None if tracked.first_scheduled is None else tracked.first_scheduled - tracked.arrival,
             "refused": tracked.refused,
             "cut": tracked.cut,
@@ -186,6 +187,8 @@ class SubmodelMixin:
                 continue
             if request.status == RequestStatus.RUNNING:
                 running.append(request)
+            if tracked.place == NEVER_RAN:
+                tracked.foretold = answer.foretold.get(request_id)
             wanted = answer.place.get(request_id, tracked.wanted)
             wanted = min(max(wanted, tracked.floor), tracked.ceiling)
             reason = answer.reason.get(request_id, tracked.reason)

@@ -37,6 +37,7 @@ class Tracked:
     recomputed_tokens: int = 0
     tokens_since_switch: int = 0
     cached: int = 0  # tokens of its prompt that were found in the prefix cache
+    foretold: tuple[float, bool] | None = None  # before it began; see deciding.Answer
     first_scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
