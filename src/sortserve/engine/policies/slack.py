@@ -135,8 +135,8 @@ class Slack:
         return settle(outlook, final, reason, gone, int(chunk[chosen]), self._lookout.decisions)
 
     def _floor_will_do(self, outlook: Outlook, hopeless: Bools) -> bool:
-        """Whether everybody whom anything helps would be in time at the floor, with the margin to spare, and nobody without a
-        budget waits for his prompt, whom that would delay: then nobody need be given up."""
+        """Whether everybody whom anything helps would be in time at the floor, with the margin to spare, and nobody without
+        a budget waits for his prompt, whom that would delay: then nobody need be given up."""
         view = outlook.view
         if (~view.budgeted & (view.known - view.computed[:, 0] > 1)).any():
             return False
