@@ -108,12 +108,12 @@ class Slack:
             for levels in self._market.levels_of(outlook)
         )
         places, given_up = bids.at(ahead, rest)
-        hopeless = outlook.hopeless(view.floor)
-        if given_up.any() and self._floor_will_do(outlook, hopeless):
+        if given_up.any() and self._floor_will_do(outlook):
             given_up[:] = False
         place, dropped = places[which], given_up[which]
         cap = view.rungs.full - np.array([s.below_full for s in settings])
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
+        hopeless = outlook.hopeless(view.floor)
         dropped |= hopeless
         pauses = np.array([s.pause and "sit_out" in view.capabilities for s in settings])
         sits = dropped | (pauses[:, None] & ~view.budgeted & view.running)
@@ -134,16 +134,15 @@ class Slack:
             final = np.where(~view.budgeted & view.running, SITS_OUT, final)
         return settle(outlook, final, reason, gone, int(chunk[chosen]), self._lookout.decisions)
 
-    def _floor_will_do(self, outlook: Outlook, hopeless: Bools) -> bool:
-        """Whether everybody whom anything helps would be in time at the floor, with the margin to spare, and nobody without
-        a budget waits for his prompt, whom that would delay: then nobody need be given up."""
+    def _floor_will_do(self, outlook: Outlook) -> bool:
+        """Whether everybody would be in time at the floor, with the margin to spare, and nobody without a budget waits for
+        his prompt, whom that would delay: then nobody need be given up."""
         view = outlook.view
         if (~view.budgeted & (view.known - view.computed[:, 0] > 1)).any():
             return False
-        place = np.where(hopeless, SITS_OUT, view.floor)
         chunk = np.array([_PARTS[self._setting.part], _FEW]) * view.step_tokens
-        late = outlook.foresee(np.stack([place, place]), chunk).late(view, self._margin)
-        return not (late & view.budgeted & ~hopeless).any(axis=1).all()
+        late = outlook.foresee(np.stack([view.floor, view.floor]), chunk).late(view, self._margin)
+        return not (late & view.budgeted).any(axis=1).all()
 
     @staticmethod
     def _value(outlook: Outlook) -> Floats:
