@@ -66,6 +66,8 @@ def settle(outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_to
         if turn.any():
             place[behind & ~turn] = SITS_OUT
         elif (others & behind & view.budgeted).any():
-            place[last] = SITS_OUT
+            # whoever sits out keeps its seat: where others wait for one, those that only decode must come to an end
+            ends = view.running & ~behind if len(view) > view.max_running else np.zeros(len(view), np.bool_)
+            place[last & ~ends] = SITS_OUT
     place[refuse] = SITS_OUT
     return Decision(place, reason, refuse, chunk_tokens)
