@@ -86,9 +86,11 @@ def foretold(
     """Shares of the requests with a budget, and goodput a second: means of several runs with steps that vary a little, since
     under overload a few milliseconds decide who is given up. `pinned`: id for the policy `fixed`, or ""."""
     make = maker(f"{policy}:{ladder.place(pinned)}" if pinned else policy, config.rungs)
+    assert isinstance(config.cost, CostTable)
+    told = replace(config, believed=config.cost, noise=_NOISE)  # what steps take is learned from them, as in the server
     runs = [
         summarize(simulate(each, make, work, 1), each, seconds)
-        for each in (replace(config, noise=_NOISE, noise_seed=seed) for seed in range(_RUNS))
+        for each in (replace(told, noise_seed=seed) for seed in range(_RUNS))
     ]
 
     def mean(name: str) -> float:

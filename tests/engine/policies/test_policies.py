@@ -114,6 +114,17 @@ def test_long_requests_step_down_before_short_ones() -> None:
     assert not decision.refuse.any()
 
 
+def test_a_machine_whose_steps_vary_is_sold_less() -> None:
+    """Full depth for all, and for as many again who are expected, fits where steps take what they should; where one in ten
+    takes half as long again it may not."""
+    requests = [{"num_prompt": 112, "expected_left": 16, "total": 1.6, "arrival": -1e-3 * i} for i in range(10)]
+    regular, irregular = (view_of(*requests, cost=replace(BOUND, spread=spread)) for spread in (1.0, 1.5))
+    assert (decide("slack", regular, 60).place == FULL).all()
+    decision = decide("slack", irregular, 60)
+    assert (decision.place < FULL).any()
+    assert not decision.refuse.any()
+
+
 def test_a_tight_pace_lowers_all_rows_together_where_weights_decide() -> None:
     """7 ms a step at full depth, however many rows: 16 tokens in 90 ms need at most 4 layers, of every row."""
     decision = decide("slack", view_of({"ran": FULL, "total": 0.09}, {"ran": FULL, "total": 9.0}), 60)

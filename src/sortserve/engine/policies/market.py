@@ -184,12 +184,12 @@ class Market:
         self._calm = max(self._calm, float(self.level))
 
     def _shortage(self, outlook: Outlook, bids: Bids) -> Callable[[Ints], Bools]:
-        """Whether at levels [edges] more is asked for by each edge than can be done until then."""
+        """Whether at levels [edges] more is asked for by each edge than can be counted on to be done until then."""
         edges = self._edges
         span = _RATE_SHARE * self._allowed
         known = max(1.0 - float(np.exp(-(outlook.view.now - self._since) / span)), _LEAST_KNOWN)
         coming = self._each * (self._recent / (span * known))
-        supply = edges * self._utilisation
+        supply = edges * (self._utilisation * outlook.prices.sure)
         first, last = self._due(outlook)
         each = np.arange(len(edges))
 

@@ -25,6 +25,7 @@ class Prices:
     sample: float  # logits of one row
     alone: Floats  # [places] a step of one row
     fixed: float  # what a large step takes whatever its number of rows
+    sure: float = 1.0  # share of the machine's time that can be counted on: a full step's median over its p90
 
     @classmethod
     def of(cls, cost: StepCost, rungs: Rungs, step_tokens: int) -> "Prices":
@@ -49,7 +50,7 @@ class Prices:
             sampled,
             "mixed",
         )
-        seconds = cost.seconds(shape)
+        seconds, p90 = cost.seconds(shape), cost.p90(shape)
         full = seconds[:places]
         return cls(
             full / step_tokens,
@@ -58,4 +59,5 @@ class Prices:
             max(float(seconds[-2] - full[-1]), 0.0) / _SAMPLED,
             seconds[3 * places : 4 * places],
             max(float(2 * seconds[-1] - full[-1]), 0.0),
+            float(full[-1] / p90[rungs.full]) if full[-1] > 0 else 1.0,
         )

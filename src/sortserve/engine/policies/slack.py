@@ -66,9 +66,9 @@ class Slack:
     """See the module.
 
     `margin`: how much longer than predicted everything may take before it counts as late; `relax_margin`: the same for a
-    step back to more quality; `attainment`: what a kept budget is worth beside its quality; `utilisation`: the share of
-    machine time that is sold; `hold_tokens`: between two changes of a request, unless they go down; `turn`: see
-    `Setting.pause`.
+    step back to more quality; `attainment`: what a kept budget is worth beside its quality; `utilisation`: the share that
+    is sold of the machine time that can be counted on; `hold_tokens`: between two changes of a request, unless they go
+    down; `turn`: see `Setting.pause`.
     """
 
     name = "slack"
