@@ -12,11 +12,14 @@ from benchmarks.slo.serving import Served, Settings, started
 from benchmarks.slo.simulated import Slowness, foretold, replica, slowness
 from sortserve.engine.ladder import Ladder
 from sortserve.engine.model_config import load_model_config
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_trace
 
 _SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has
 
+_SEEDS = (1, 2, 3)
+"""Of the prompts of the loops before those of the sub-models: the crowd's, the lone ones', a point's warm-up's. Each loop of
+a server has its own, or the prefix cache would know its prompts."""
 _CROWD = 4  # times the clients of a closed loop, before the first
 
 
@@ -80,14 +83,16 @@ def prepare(asked: argparse.Namespace) -> Bench:
         sample = load.drawn(trace, asked.start, _SAMPLED, seed=4)
         # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs; and
         # by crowded steps vLLM learns what those of overload take
-        crowd = load.pinned_asks(sample.num_prompt, sample.num_output, ids[-1], texts, seed=1)
+        crowd = load.pinned_asks(sample.num_prompt, sample.num_output, ids[-1], texts, _SEEDS[0])
         served.closed_loop(crowd, _CROWD * asked.clients, asked.capacity_seconds)
-        unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds)
+        unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds, _SEEDS[1])
         print(
             f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
         )
         print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
-        capacity = [measure(served, sample, rung, texts, asked) for rung in rungs]
+        capacity = [
+            measure(served, sample, rung, texts, asked, seed) for seed, rung in enumerate(rungs, _SEEDS[-1] + 1)
+        ]
     slow = simulated = None
     if asked.simulated:
         simulated = replica(settings, asked.kv_memory, ladder)
@@ -103,10 +108,10 @@ def prepare(asked: argparse.Namespace) -> Bench:
 
 
 def measure(
-    served: Served, sample: Trace, rung: str, texts: load.Texts, asked: argparse.Namespace
+    served: Served, sample: Trace, rung: str, texts: load.Texts, asked: argparse.Namespace, seed: int
 ) -> measured.Capacity:
     """Measure one sub-model, and say so."""
-    found = measured.capacity(served, sample, rung, texts, asked.clients, asked.capacity_seconds)
+    found = measured.capacity(served, sample, rung, texts, asked.clients, asked.capacity_seconds, seed)
     print(f"capacity of {rung}: {found.requests_per_second:.2f} requests/s, ", end="")
     print(f"{found.output_tokens_per_second:.0f} output tokens/s", flush=True)
     return found
@@ -116,8 +121,11 @@ def again(bench: Bench) -> list[measured.Capacity]:
     """The capacity of floor and full model once more: what it was at the start tells loads only if the machine stayed."""
     with started(bench.settings, "fixed") as served:
         ends = (bench.floor.submodel, bench.full.submodel)
-        measured.capacity(served, bench.sample, ends[1], bench.texts, bench.asked.clients, bench.asked.capacity_seconds)
-        return [measure(served, bench.sample, rung, bench.texts, bench.asked) for rung in ends]
+        asked, texts = bench.asked, bench.texts
+        measured.capacity(served, bench.sample, ends[1], texts, asked.clients, asked.capacity_seconds, _SEEDS[0])
+        return [
+            measure(served, bench.sample, rung, texts, asked, seed) for seed, rung in enumerate(ends, _SEEDS[-1] + 1)
+        ]
 
 
 def run_point(bench: Bench, policy: str, multiple: float) -> dict[str, Any]:
@@ -160,4 +168,4 @@ def warm_up(served: Served, bench: Bench) -> None:
     """A second of requests before those that count: connections, first steps, pages."""
     few = slice(0, 2 * bench.asked.clients)
     prompts, outputs = bench.trace.num_prompt[few], bench.trace.num_output[few]
-    served.closed_loop(load.pinned_asks(prompts, outputs, bench.floor.submodel, bench.texts, seed=3), 4, 1.0)
+    served.closed_loop(load.pinned_asks(prompts, outputs, bench.floor.submodel, bench.texts, _SEEDS[2]), 4, 1.0)

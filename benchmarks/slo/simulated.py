@@ -18,7 +18,7 @@ from sortserve.engine.profile_cache import cache_folder
 from sortserve.engine.simulator.capacity import closed_loop_seconds
 from sortserve.engine.simulator.command import maker
 from sortserve.engine.simulator.hardware import measured_config
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.summary import summarize
 from sortserve.engine.simulator.traces import Trace, Workload

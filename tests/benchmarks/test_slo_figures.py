@@ -176,6 +176,9 @@ def test_throughput_is_between_two_answers() -> None:
         throughput(outcomes[:3], trace, 9.0)
     with pytest.raises(RuntimeError, match="got 400: no"):
         throughput([*outcomes, Outcome(0, 0.0, 0.0, -1.0, -1.0, 400, {}, b"no")], trace, 9.0)
+    told = b'{"prompt_tokens_details":{"cached_tokens":16}}'
+    with pytest.raises(RuntimeError, match="prefix cache"):
+        throughput([*outcomes, Outcome(0, 0.0, 0.0, 1.0, 2.0, 200, {}, told)], trace, 9.0)
 
 
 def test_unloaded_times_are_a_line_through_medians() -> None:

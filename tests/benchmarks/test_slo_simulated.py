@@ -8,7 +8,7 @@ import pytest
 from benchmarks.slo.capacity import Capacity
 from benchmarks.slo.simulated import Slowness, slowness
 from sortserve.engine.simulator.capacity import closed_loop_seconds
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import Trace
 from tests.engine.policies.traces import config
 from tests.engine.small import small_ladder

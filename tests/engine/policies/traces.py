@@ -8,7 +8,7 @@ from sortserve.engine.cost import CostTable
 from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.simulator.memory import KVSizes
 from sortserve.engine.simulator.records import Records
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.traces import Workload
 from tests.engine.policies.views import DEPTHS, machine

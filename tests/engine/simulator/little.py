@@ -10,7 +10,7 @@ from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Vi
 from sortserve.engine.rungs import Ints, Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.memory import KVSizes
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import Workload
 from tests.engine.small import small_ladder
 

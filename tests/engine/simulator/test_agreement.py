@@ -16,7 +16,7 @@ from sortserve.engine.protocol import FailedEvent, FinishedEvent, GenerateReques
 from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
 from sortserve.engine.simulator.records import FINISHED
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.traces import Workload
 from tests.engine.simulator.little import little_config, little_workload, table

@@ -12,7 +12,7 @@ from sortserve.engine.cost import StepShape
 from sortserve.engine.policies.fixed import FixedPolicy
 from sortserve.engine.policies.protocol import NEVER_RAN, SITS_OUT, Decision, Policy, View
 from sortserve.engine.simulator.bound import Rates, best, least_rates, least_work, subtrees
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.traces import Workload
 from tests.engine.simulator.little import RandomPolicy, little_config, little_workload, table

@@ -21,7 +21,7 @@ from sortserve.engine.sampling import SamplingParams
 from sortserve.engine.scheduler import Scheduler
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.memory import KVSizes
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, Workload, draw_budgets
 from tests.engine.small import LADDER, SHAPE, step_cost, step_seconds

@@ -10,7 +10,8 @@ from sortserve.engine.policies.fixed import FixedPolicy
 from sortserve.engine.policies.protocol import Decision, Policy, View
 from sortserve.engine.simulator.memory import KVSizes
 from sortserve.engine.simulator.records import FINISHED, REFUSED, WAITS, Records
-from sortserve.engine.simulator.replica import Replica, ReplicaConfig
+from sortserve.engine.simulator.replica import Replica
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import Outcome, simulate
 from sortserve.engine.simulator.traces import Workload
 from tests.engine.simulator.little import RandomPolicy, little_config, little_workload

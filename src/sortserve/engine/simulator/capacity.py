@@ -7,7 +7,8 @@ import numpy as np
 
 from sortserve.engine.policies.fixed import FixedPolicy
 from sortserve.engine.simulator.records import FINISHED, Records
-from sortserve.engine.simulator.replica import Replica, ReplicaConfig
+from sortserve.engine.simulator.replica import Replica
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import Ints, Trace, Workload
 
 

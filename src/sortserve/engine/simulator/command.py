@@ -15,7 +15,7 @@ from sortserve.engine.simulator import plots, report
 from sortserve.engine.simulator.capacity import closed_loop_rate
 from sortserve.engine.simulator.experiment import Result, Scenario, compare, find_replicas
 from sortserve.engine.simulator.hardware import BACKENDS, measured_config, replica_config
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import BudgetMix, Trace, read_trace
 
 

@@ -14,7 +14,7 @@ from sortserve.engine.cost import CostTable
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.simulator.bound import Bound, best
 from sortserve.engine.simulator.hardware import unloaded
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import simulate
 from sortserve.engine.simulator.summary import Summary, summarize
 from sortserve.engine.simulator.traces import BudgetMix, Trace, Workload, draw_budgets

@@ -18,7 +18,7 @@ from sortserve.engine.model_config import load_model_config
 from sortserve.engine.rungs import Floats, Rungs
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.simulator.memory import KVSizes
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import Unloaded
 from sortserve.engine.submodel import ModelShape, SubModel
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from sortserve.engine.policies.protocol import Policy
 from sortserve.engine.simulator.records import Records
-from sortserve.engine.simulator.replica import Replica, ReplicaConfig
+from sortserve.engine.simulator.replica import Replica
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.traces import Workload
 
 

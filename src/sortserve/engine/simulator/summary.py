@@ -7,7 +7,7 @@ import numpy as np
 
 from sortserve.engine.rungs import Bools, Floats
 from sortserve.engine.simulator.records import FINISHED, QUEUE_FULL, REFUSED
-from sortserve.engine.simulator.replica import ReplicaConfig
+from sortserve.engine.simulator.replica_config import ReplicaConfig
 from sortserve.engine.simulator.simulation import Outcome
 
 QUANTILES = (0.5, 0.95, 0.99)
