@@ -66,5 +66,7 @@ def test_traffic_counts_what_began_of_late() -> None:
     for _ in range(2 * MOST):
         traffic.note(50.0, 3)
     assert traffic.rows == 3.0
+    traffic.note(50.0 - SECONDS / 2, 3)  # for a moment before the end that was predicted
+    assert traffic.rate(50.0) == MOST / SECONDS
     traffic.note(1.0, 8)  # the clock was set back
     assert (traffic.rate(1.0), traffic.rows) == (1 / SECONDS, 8.0)

@@ -167,6 +167,23 @@ def test_a_budget_that_nobody_could_keep_makes_nothing_dearer() -> None:
     assert policy.decide(view_of({"arrival": 0.6, "total": 3600.0}, now=0.6)).place.tolist() == [FULL]
 
 
+def test_decisions_for_a_predicted_end_do_not_forget_who_came() -> None:
+    """What is decided beside a step is for its predicted end, and the next decision may be for a moment before that. Each of
+    these was taken for a clock that was set back: the rate of arrivals was forgotten, and no price rose."""
+    chosen = []
+    for beside in (0.0, 0.15):
+        policy = make_policy("slack", DEPTHS)
+        for number in range(60):
+            now = 0.1 * number
+            newest = {"num_prompt": 200, "total": 2.0, "arrival": now}
+            before = {**newest, "ran": 1, "num_prompt": 200, "arrival": now - 0.1}
+            policy.decide(view_of(before, newest, cost=BOUND, now=now))
+            policy.decide(view_of({**newest, "ran": 1}, cost=BOUND, now=now + beside))
+        chosen.append(int(policy.decide(view_of(newest, cost=BOUND, now=now)).place[0]))
+    assert chosen[0] < FULL, "ten a second of 0.13 s each are too many at full depth"
+    assert chosen[1] == chosen[0]
+
+
 def test_after_a_pause_the_price_is_not_that_of_the_load_before() -> None:
     """It fell by the number of decisions, of which there are none while nobody asks."""
     busy = [{"num_prompt": 384, "total": 2.5, "arrival": -1e-3 * i, "expected_left": 200} for i in range(40)]

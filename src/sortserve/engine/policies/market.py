@@ -121,12 +121,16 @@ class Market:
 
     def learn(self, outlook: Outlook, worth: Floats) -> None:
         """Take note of who came since the last time, but for those whom nothing can help: no price changes what they run,
-        and their deadlines say nothing about others' time. A clock that was set back starts anew."""
+        and their deadlines say nothing about others' time.
+
+        What is decided beside a step is for its predicted end, so the next decision may be for a moment before that. Only a
+        clock that was set back further starts anew."""
         view = outlook.view
-        if view.now < self._recent_at or not self._seen:
+        if view.now < self._recent_at - self._allowed or not self._seen:
             self._newest = -np.inf
             self._recent = 0.0
-            self._since = view.now
+            self._since = self._recent_at = view.now
+        now = max(view.now, self._recent_at)
         new = np.flatnonzero((view.arrival > self._newest) & view.budgeted & ~view.running)
         if len(new):
             self._newest = float(view.arrival[new].max())
@@ -138,9 +142,9 @@ class Market:
                 last = first
             self._seen.append((first, last, worth[i], outlook.ahead[i], outlook.rest[i]))
         span = _RATE_SHARE * self._allowed
-        self._recent *= float(np.exp(-(view.now - self._recent_at) / span))
-        self._recent += float(np.exp(-np.maximum(view.now - view.arrival[new], 0.0) / span).sum())
-        self._recent_at = view.now
+        self._recent *= float(np.exp(-(now - self._recent_at) / span))
+        self._recent += float(np.exp(-np.maximum(now - view.arrival[new], 0.0) / span).sum())
+        self._recent_at = now
         if len(new):
             self._unsorted += len(new)
             if self._unsorted >= _RENEW or len(self._seen) <= _RENEW:
