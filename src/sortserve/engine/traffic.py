@@ -16,8 +16,8 @@ class Traffic:
         self._rows = 0
 
     def note(self, now: float, rows: int) -> None:
-        """A request runs for the first time, with `rows` of its prompt not in the prefix cache. A step that is planned beside
-        the one before it is noted for that one's predicted end, so the next one may be noted for a moment before that."""
+        """A request runs for the first time, with `rows` of its prompt not in the prefix cache. A step that is planned
+        beside the one before it is noted for that one's predicted end, the next one maybe for a moment before that."""
         if self._begun and now < self._begun[-1][0]:
             if now < self._begun[-1][0] - SECONDS:  # the clock was set back
                 self._begun.clear()
