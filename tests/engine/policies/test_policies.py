@@ -125,6 +125,22 @@ def test_a_machine_whose_steps_vary_is_sold_less() -> None:
     assert not decision.refuse.any()
 
 
+def test_the_reserve_is_for_budgets_and_not_for_quality() -> None:
+    """Ten fit at full depth, but not into six tenths of the time. Sixteen times as many do not fit at any depth: as many
+    are given up as without a reserve."""
+    ten, many = (
+        [{"num_prompt": 112, "expected_left": 16, "total": 1.6, "arrival": -1e-3 * i, "strict": True} for i in range(n)]
+        for n in (10, 160)
+    )
+    without, kept = (decide("slack", view_of(*ten, cost=BOUND), 60, reserve=reserve) for reserve in (0.0, 0.4))
+    assert (without.place == FULL).all()
+    assert (kept.place < FULL).any()
+    assert not kept.refuse.any()
+    without, kept = (decide("slack", view_of(*many, cost=BOUND), 60, reserve=reserve) for reserve in (0.0, 0.4))
+    assert without.refuse.any()
+    assert kept.refuse.tolist() == without.refuse.tolist()
+
+
 def test_a_tight_pace_lowers_all_rows_together_where_weights_decide() -> None:
     """7 ms a step at full depth, however many rows: 16 tokens in 90 ms need at most 4 layers, of every row."""
     decision = decide("slack", view_of({"ran": FULL, "total": 0.09}, {"ran": FULL, "total": 9.0}), 60)

@@ -63,10 +63,10 @@ class Bids:
 class Market:
     """Finds the prices. Remembers costs of past arrivals, but no requests."""
 
-    def __init__(self, utilisation: float, attainment: float) -> None:
+    def __init__(self, utilisation: float, reserve: float, attainment: float) -> None:
         self._levels: Ints = np.zeros(len(_EDGES), np.int64)  # by deadline
         self._calm, self._cleared_at = 0.0, 0.0  # level; when `clear` looked last
-        self._utilisation, self._attainment = utilisation, attainment
+        self._utilisation, self._reserve, self._attainment = utilisation, reserve, attainment
         # seconds allowed for the first token and for all, worth, cost of the two jobs
         self._seen: deque[tuple[float, float, Floats, Floats, Floats]] = deque(maxlen=_SEEN)
         self._unsorted = 0  # arrivals that `_each` does not know yet
@@ -166,42 +166,52 @@ class Market:
         self._each /= len(last)
 
     def clear(self, outlook: Outlook, bids: Bids) -> None:
-        """Find the levels at which demand meets supply by every deadline, the latest constraint that binds first."""
+        """Find the levels at which demand meets supply by every deadline. Quality is sold from what the reserve leaves;
+        where that would give somebody up, the reserve is sold too."""
         view = outlook.view
         if not self._seen:
             return
-        short = self._shortage(outlook, bids)
-        levels = np.zeros(len(_EDGES), np.int64)
-        while True:
-            lacking = np.flatnonzero(short(levels) & (levels < LEVELS - 1))
-            if not len(lacking):
-                break
-            upto = int(lacking[-1]) + 1
-            low, high = int(levels[upto - 1]), LEVELS - 1  # too low, and the most there is
-            while high - low > 1:
-                levels[:upto] = middle = (low + high) // 2
-                low, high = (middle, high) if short(levels)[upto - 1] else (low, middle)
-            levels[:upto] = high
+        first, last = self._due(outlook)
+        demand = self._demand(outlook, bids, first, last)
+        levels = self._levels_for(demand, 1.0 - self._reserve)
+        prices = self.prices(levels)
+        if self._reserve and bids.at(prices[first][None], prices[last][None])[1].any():
+            levels = self._levels_for(demand, 1.0)
         self._levels = levels
         self._calm -= _CALMING * max(view.now - self._cleared_at, 0.0) / self._allowed
         self._cleared_at = view.now
         self._calm = max(self._calm, float(self.level))
 
-    def _shortage(self, outlook: Outlook, bids: Bids) -> Callable[[Ints], Bools]:
-        """Whether at levels [edges] more is asked for by each edge than can be counted on to be done until then."""
+    def _demand(self, outlook: Outlook, bids: Bids, first: Ints, last: Ints) -> Callable[[Ints], Floats]:
+        """The share [edges] of the machine time that can be counted on until each edge that is asked for by then, at levels
+        [edges]. `first`, `last` [n]: by which edge jobs are due."""
         edges = self._edges
         span = _RATE_SHARE * self._allowed
         known = max(1.0 - float(np.exp(-(outlook.view.now - self._since) / span)), _LEAST_KNOWN)
         coming = self._each * (self._recent / (span * known))
         supply = edges * (self._utilisation * outlook.prices.sure)
-        first, last = self._due(outlook)
         each = np.arange(len(edges))
 
-        def short(levels: Ints) -> Bools:
+        def demand(levels: Ints) -> Floats:
             prices = self.prices(levels)
             ahead, rest = bids.demand(prices[first][None], prices[last][None])
             due = np.bincount(first, ahead[0], len(edges)) + np.bincount(last, rest[0], len(edges))
-            lacks: Bools = np.cumsum(due) + coming[levels, each] > supply
-            return lacks
+            share: Floats = (np.cumsum(due) + coming[levels, each]) / supply
+            return share
 
-        return short
+        return demand
+
+    @staticmethod
+    def _levels_for(demand: Callable[[Ints], Floats], most: float) -> Ints:
+        """The levels at which no more than the share `most` is asked for, the latest constraint that binds first."""
+        levels = np.zeros(len(_EDGES), np.int64)
+        while True:
+            lacking = np.flatnonzero((demand(levels) > most) & (levels < LEVELS - 1))
+            if not len(lacking):
+                return levels
+            upto = int(lacking[-1]) + 1
+            low, high = int(levels[upto - 1]), LEVELS - 1  # too low, and the most there is
+            while high - low > 1:
+                levels[:upto] = middle = (low + high) // 2
+                low, high = (middle, high) if demand(levels)[upto - 1] > most else (low, middle)
+            levels[:upto] = high

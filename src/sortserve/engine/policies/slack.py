@@ -67,8 +67,8 @@ class Slack:
 
     `margin`: how much longer than predicted everything may take before it counts as late; `relax_margin`: the same for a
     step back to more quality; `attainment`: what a kept budget is worth beside its quality; `utilisation`: the share that
-    is sold of the machine time that can be counted on; `hold_tokens`: between two changes of a request, unless they go
-    down; `turn`: see `Setting.pause`.
+    is sold of the machine time that can be counted on; `reserve`: the share of that which is not for quality, only for
+    budgets; `hold_tokens`: between two changes of a request, unless they go down; `turn`: see `Setting.pause`.
     """
 
     name = "slack"
@@ -79,13 +79,14 @@ class Slack:
         relax_margin: float = 1.4,
         attainment: float = 1.0,
         utilisation: float = 1.0,
+        reserve: float = 0.1,
         hold_tokens: int = 8,
         turn: int = 8,
     ) -> None:
         self._margin, self._relax_margin = margin, relax_margin
         self._attainment, self._hold_tokens, self._turn = attainment, hold_tokens, turn
         self._setting = Setting()
-        self._market = Market(utilisation, attainment)
+        self._market = Market(utilisation, reserve, attainment)
         self._lookout = Lookout()
 
     def decide(self, view: View) -> Decision:
