@@ -83,6 +83,36 @@ def test_the_fit_finds_a_synthetic_machine(rng: random.Random) -> None:
         assert float(fitted.seconds(shape)) == pytest.approx(float(table.seconds(shape)), rel=0.02)
 
 
+def test_few_steps_at_many_rows_lie_near_the_line_of_the_others() -> None:
+    """Steps that came as they came: hundreds of up to 64 rows, and one of 256, in a fast moment of the machine."""
+    rng = random.Random(5)
+
+    def seconds(rows: float) -> float:
+        return 1e-3 + 1e-4 * rows
+
+    measured = [
+        Measured(rows_of(DEEP, rows), seconds(rows) * rng.uniform(0.95, 1.05))
+        for rows in range(1, 65)
+        for _ in range(4)
+    ]
+    measured.append(Measured(rows_of(DEEP, 256), seconds(256) * 0.7))
+    buckets = [1 << power for power in range(9)]
+    free, straight = (
+        float(fit_table(RUNGS.layers, buckets, measured, straightness).seconds(rows_of(DEEP, 256)))
+        for straightness in (0.0, 1.0)
+    )
+    assert free < 0.8 * seconds(256)
+    assert straight == pytest.approx(seconds(256), rel=0.1)
+
+
+def test_a_line_is_what_straightness_asks_for() -> None:
+    """So it costs nothing where steps lie on one."""
+    measured = [Measured(rows_of(DEEP, rows), 1e-3 + 1e-4 * rows) for rows in BUCKETS]
+    fitted = fit_table(RUNGS.layers, BUCKETS, measured, 1.0)
+    for each in measured:
+        assert float(fitted.seconds(each.shape)) == pytest.approx(each.seconds, rel=0.01)
+
+
 def test_one_outlier_bends_nothing_far() -> None:
     """One measurement takes ten times as long; nine of ten other steps still come out within a tenth. Of 40 tables, plain
     least squares had ones that were off by 43 % there."""

@@ -25,8 +25,12 @@ class Measured:
     seconds: float
 
 
-def fit_table(layers: Ints, buckets: Sequence[int], measured: Sequence[Measured]) -> CostTable:
-    """The table that comes nearest to what was measured, in relative terms."""
+def fit_table(
+    layers: Ints, buckets: Sequence[int], measured: Sequence[Measured], straightness: float = 0.0
+) -> CostTable:
+    """The table that comes nearest to what was measured, in relative terms. `straightness`: the weight of one more equation
+    for each three buckets in a row, that they lie on a line; where steps were not measured at chosen numbers of rows but
+    came as they came, it decides what too few of them tell."""
     at = np.asarray(buckets, np.float64)
     design = np.array([_equation(layers, at, each.shape) for each in measured])
     seconds = np.array([each.seconds for each in measured])
@@ -36,10 +40,14 @@ def fit_table(layers: Ints, buckets: Sequence[int], measured: Sequence[Measured]
         to_terms[first : first + count, first : first + count] = np.tril(np.ones((count, count)))
     to_terms[3 * count :, 3 * count :] = np.eye(3)
     relative = design @ to_terms / seconds[:, None]
-    scale = np.maximum(np.abs(relative).max(axis=0), 1e-300)  # pairs come in millions, rows in ones
+    lines = straightness * _lines(at, float(layers.sum()), design.shape[1]) @ to_terms / np.median(seconds)
+    scale = np.maximum(
+        np.abs(np.concatenate([relative, lines])).max(axis=0), 1e-300
+    )  # pairs come in millions, rows in ones
     weights = np.ones(len(seconds))
     for _ in range(_REWEIGHTINGS):
-        solution = non_negative(relative / scale * weights[:, None], weights)
+        equations = np.concatenate([relative * weights[:, None], lines]) / scale
+        solution = non_negative(equations, np.concatenate([weights, np.zeros(len(lines))]))
         residuals = np.abs(relative / scale @ solution - 1.0)
         weights = np.sqrt(_TOLERATED / np.maximum(residuals, _TOLERATED))
     values = to_terms @ (solution / scale)
@@ -60,6 +68,19 @@ def _equation(layers: Ints, buckets: Floats, shape: StepShape) -> Floats:
     active = shape.rows > 0
     context, pairs = ((layers * each * active).sum() for each in (shape.context, shape.pairs))
     return np.concatenate([layer, ffn, _at(buckets, float(shape.sampled)), [1.0, context, pairs]])
+
+
+def _lines(buckets: Floats, layers: float, count: int) -> Floats:
+    """[equations, count] by how much the third of three buckets in a row lies off the line through the first two, in seconds
+    of a step: of the terms of layers, FFNs and head."""
+    lines = np.zeros((3, max(len(buckets) - 2, 0), count))
+    for equation in range(lines.shape[1]):
+        first, second, third = buckets[equation : equation + 3]
+        further = (third - second) / (second - first)
+        for term, times in enumerate((layers, layers, 1.0)):
+            start = term * len(buckets) + equation
+            lines[term, equation, start : start + 3] = times * np.array([further, -1.0 - further, 1.0])
+    return lines.reshape(-1, count)
 
 
 def _at(buckets: Floats, rows: float) -> Floats:
