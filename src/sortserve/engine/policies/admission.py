@@ -15,6 +15,9 @@ PATIENCE_SECONDS = 30.0
 SHARE_STEPS = 8
 """One in so many steps is for those that waited longer than the patience; two beyond twice it, four beyond four times."""
 
+SEATS_SHARE = 0.25
+"""Of all seats: as many may be kept by those that nothing helps, where others wait for one."""
+
 
 def refusable(view: View) -> Bools:
     """[n] may still be refused."""
@@ -66,8 +69,9 @@ def settle(outlook: Outlook, place: Ints, reason: Ints, dropped: Bools, chunk_to
         if turn.any():
             place[behind & ~turn] = SITS_OUT
         elif (others & behind & view.budgeted).any():
-            # whoever sits out keeps its seat: where others wait for one, those that only decode must come to an end
-            ends = view.running & ~behind if len(view) > view.max_running else np.zeros(len(view), np.bool_)
-            place[last & ~ends] = SITS_OUT
+            # whoever sits out keeps its seat: where many do and others wait, those that only decode must come to an end
+            ends = last & view.running & ~behind
+            scarce = len(view) > view.max_running and ends.sum() > SEATS_SHARE * view.max_running
+            place[last & ~ends if scarce else last] = SITS_OUT
     place[refuse] = SITS_OUT
     return Decision(place, reason, refuse, chunk_tokens)
