@@ -17,9 +17,9 @@ from sortserve.engine.simulator.traces import BudgetMix, Trace, Unloaded, read_t
 
 _SAMPLED = 3000  # requests from the first one on that closed loops draw from: as many as a point of minutes has
 
-_SEEDS = (1, 2, 3)
-"""Of the prompts of the loops before those of the sub-models: the crowd's, the lone ones', a point's warm-up's. Each loop of
-a server has its own, or the prefix cache would know its prompts."""
+_CROWD_PROMPTS, _LONE_PROMPTS, _WARM_UP_PROMPTS, _LOOP_PROMPTS = range(1, 5)
+"""Seeds of the prompts of the crowd, of lone requests, of a point's warm-up, and of a sub-model's first closed loop, from
+which the next ones count on. Each loop of a server has its own, or the prefix cache would know its prompts."""
 _CROWD = 4  # times the clients of a closed loop, before the first
 
 
@@ -83,16 +83,14 @@ def prepare(asked: argparse.Namespace) -> Bench:
         sample = load.drawn(trace, asked.start, _SAMPLED, seed=4)
         # attention of bfloat16 is compiled for every new length of a chunk: whoever came first would pay for all rungs; and
         # by crowded steps vLLM learns what those of overload take
-        crowd = load.pinned_asks(sample.num_prompt, sample.num_output, ids[-1], texts, _SEEDS[0])
+        crowd = load.pinned_asks(sample.num_prompt, sample.num_output, ids[-1], texts, _CROWD_PROMPTS)
         served.closed_loop(crowd, _CROWD * asked.clients, asked.capacity_seconds)
-        unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds, _SEEDS[1])
+        unloaded = measured.unloaded(served, sample, ids[-1], texts, asked.capacity_seconds, _LONE_PROMPTS)
         print(
             f"unloaded: first token {1e3 * unloaded.first:.1f} ms + {1e3 * unloaded.prompt_token:.3f} ms per ", end=""
         )
         print(f"prompt token, then {1e3 * unloaded.token:.2f} ms per token", flush=True)
-        capacity = [
-            measure(served, sample, rung, texts, asked, seed) for seed, rung in enumerate(rungs, _SEEDS[-1] + 1)
-        ]
+        capacity = [measure(served, sample, rung, texts, asked, seed) for seed, rung in enumerate(rungs, _LOOP_PROMPTS)]
     slow = simulated = None
     if asked.simulated:
         simulated = replica(settings, asked.kv_memory, ladder)
@@ -122,9 +120,9 @@ def again(bench: Bench) -> list[measured.Capacity]:
     with started(bench.settings, "fixed") as served:
         ends = (bench.floor.submodel, bench.full.submodel)
         asked, texts = bench.asked, bench.texts
-        measured.capacity(served, bench.sample, ends[1], texts, asked.clients, asked.capacity_seconds, _SEEDS[0])
+        measured.capacity(served, bench.sample, ends[1], texts, asked.clients, asked.capacity_seconds, _CROWD_PROMPTS)
         return [
-            measure(served, bench.sample, rung, texts, asked, seed) for seed, rung in enumerate(ends, _SEEDS[-1] + 1)
+            measure(served, bench.sample, rung, texts, asked, seed) for seed, rung in enumerate(ends, _LOOP_PROMPTS)
         ]
 
 
@@ -168,4 +166,4 @@ def warm_up(served: Served, bench: Bench) -> None:
     """A second of requests before those that count: connections, first steps, pages."""
     few = slice(0, 2 * bench.asked.clients)
     prompts, outputs = bench.trace.num_prompt[few], bench.trace.num_output[few]
-    served.closed_loop(load.pinned_asks(prompts, outputs, bench.floor.submodel, bench.texts, _SEEDS[2]), 4, 1.0)
+    served.closed_loop(load.pinned_asks(prompts, outputs, bench.floor.submodel, bench.texts, _WARM_UP_PROMPTS), 4, 1.0)

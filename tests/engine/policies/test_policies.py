@@ -190,7 +190,7 @@ def test_decisions_for_a_predicted_end_do_not_forget_who_came() -> None:
         for number in range(60):
             now = 0.1 * number
             newest = {"num_prompt": 200, "total": 2.0, "arrival": now}
-            before = {**newest, "ran": 1, "num_prompt": 200, "arrival": now - 0.1}
+            before = {**newest, "ran": 1, "arrival": now - 0.1}
             policy.decide(view_of(before, newest, cost=BOUND, now=now))
             policy.decide(view_of({**newest, "ran": 1}, cost=BOUND, now=now + beside))
         chosen.append(int(policy.decide(view_of(newest, cost=BOUND, now=now)).place[0]))

@@ -125,7 +125,7 @@ def test_costs_follow_what_clients_do() -> None:
     def shape(rows: int) -> StepShape:
         return shape_of(RUNGS, MeasuredStep({FULL: Rows(rows, rows, 30 * rows)}, 0.0, False))
 
-    crowded = 3 * float(cost.seconds(shape(60)))
+    crowded = 5 * float(cost.seconds(shape(60)))
     for number in range(14 * ENOUGH_STEPS):
         rows = 60 if number % 2 else 4
         made.measured(

@@ -19,7 +19,7 @@ ENOUGH_STEPS = 64
 MOST_STEPS = 512
 """Of all measured ones, drawn evenly: a fit to them takes the scheduler some 0.1 s, so there are few fits."""
 MOST_BUCKET = 1024
-STRAIGHTNESS = 1.0
+STRAIGHTNESS = 0.7
 """See `fit_table`. Crowded steps are few among those that clients cause: without it those of 256 rows came out 30 % too
 cheap."""
 
