@@ -9,7 +9,7 @@ is how the best solution of the fluid problem looks; `market.py` finds the price
 Prices know work, but not steps. What remains is searched from decision to decision among neighbours of the present setting,
 each of which is forecast: the rows of prompts in a step, a cap for all rows (a step is as slow as its deepest row, so at
 small batches only lowering all of them helps), whether rows without a budget pause, and a surcharge on the price while
-deadlines are at risk.
+deadlines are at risk. The surcharge takes quality, never budgets: nobody is given up but for what the market asks.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +52,8 @@ def neighbours(setting: Setting, places: int, turn: int) -> tuple[Setting, ...]:
     second turn only the setting itself."""
     moved: list[Setting] = []
     if turn % 6 == 1:
-        moved = [replace(setting, surcharge=min(max(setting.surcharge + d, 0), LEVELS - 1)) for d in (-2, 2, 8)]
+        near = [min(max(setting.surcharge + d, 0), LEVELS - 1) for d in (-2, 2, 8)]
+        moved = [replace(setting, surcharge=s) for s in [*near, 0]]  # 0: the market may ask enough by now
     elif turn % 6 == 3:
         moved = [replace(setting, below_full=min(max(setting.below_full + d, 0), places - 1)) for d in (-1, 1, 3)]
         moved += [replace(s, pause=True) for s in moved[1:]]  # one without the other may help nobody
@@ -102,22 +103,22 @@ class Slack:
         if is_old or self._lookout.decisions % 2 == 0:  # in turns with the search
             self._market.clear(outlook, bids)
         settings = neighbours(self._setting, len(view.rungs.exits), self._lookout.decisions)
-        asked = sorted({s.surcharge for s in settings})
+        asked = sorted({0, *(s.surcharge for s in settings)})
         which = [asked.index(s.surcharge) for s in settings]
         ahead, rest = (
             self._market.prices(np.minimum(levels + np.array(asked)[:, None], LEVELS - 1))
             for levels in self._market.levels_of(outlook)
         )
         places, given_up = bids.at(ahead, rest)
-        if given_up.any() and self._floor_will_do(outlook):
-            given_up[:] = False
-        place, dropped = places[which], given_up[which]
+        place, dropped = places[which], given_up[0]
+        if dropped.any() and self._floor_will_do(outlook):
+            dropped = np.zeros_like(dropped)
         cap = view.rungs.full - np.array([s.below_full for s in settings])
         place = np.maximum(np.minimum(place, cap[:, None]), view.floor)
         hopeless = outlook.hopeless(view.floor)
-        dropped |= hopeless
+        dropped = dropped | hopeless
         pauses = np.array([s.pause and "sit_out" in view.capabilities for s in settings])
-        sits = dropped | (pauses[:, None] & ~view.budgeted & view.running)
+        sits = dropped | (pauses[:, None] & ~view.budgeted & view.running)  # [k, n]
         # the last two: everybody at the floor, with as many rows of prompts as now, and with few
         tried = np.concatenate([np.where(sits, SITS_OUT, place), view.floor[None], view.floor[None]])
         chunk = np.array([*(_PARTS[s.part] for s in (*settings, self._setting)), _FEW]) * view.step_tokens
@@ -128,7 +129,7 @@ class Slack:
         chosen = self._best(outlook, value, settings, late[:-2], np.where(dropped, SITS_OUT, place), waste[:-2])
         self._setting = settings[chosen]
         few, many = late[-2:]
-        gone = dropped[chosen] | turned_away(outlook, few & many, hopeless)
+        gone = dropped | turned_away(outlook, few & many, hopeless)
         reason = self._reasons(outlook, forecast, chosen, place[chosen])
         final = np.where(gone, view.floor, place[chosen])
         if self._setting.pause and self._lookout.decisions % self._turn and "sit_out" in view.capabilities:
