@@ -26,6 +26,7 @@ _COUNTED = (
     "generation_tokens",
 )
 _SLACK_SECONDS = 60.0  # over what a client process should take
+_END_SECONDS = 60.0  # that a server may take to end
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class Settings:
 
 @contextmanager
 def started(settings: Settings, policy: str, *flags: str) -> Iterator["Served"]:
-    """A server under one policy, ready."""
+    """A server under one policy, ready. It is asked to end: on vLLM it keeps the costs that it has learned by then."""
     with serving(str(settings.model), *settings.flags, "--policy", policy, *flags) as server:
         yield Served(settings, server)
+        server.process.terminate()
+        server.process.wait(_END_SECONDS)
 
 
 @dataclass(frozen=True)
