@@ -22,12 +22,13 @@ GIVE_UP_SECONDS = 5.0
 
 def batches(ladder: Ladder, max_running: int, step_tokens: int, max_model_len: int) -> Iterator[tuple[int, int, int]]:
     """(place, requests, prompt tokens) to run one after another: prompts of all sizes, answers in batches of all sizes.
-    Prompts come first: the last fit does not have the last few steps."""
+    The last fit does not have the last of these steps, so what comes last is what lies between others: prompts come first,
+    then batches from the largest down."""
     last = len(ladder.entries) - 1
     count = min(MOST_PLACES, last + 1)
     places = sorted({round(number * last / max(1, count - 1)) for number in range(count)})
     most_rows = min(MOST_ROWS, max_running)
-    rows = [1 << power for power in range(most_rows.bit_length()) if 1 << power <= most_rows]
+    rows = [1 << power for power in reversed(range(most_rows.bit_length()))]
     longest = min(step_tokens, max_model_len - TOKENS)
     prompts = [size for size in (longest // 8, longest // 3, longest) if size > SHORT]
     for size in prompts:
