@@ -5,17 +5,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from sortserve.engine.admission import Limits
-from sortserve.engine.checkpoint import Checkpoint, DummyCheckpoint
 from sortserve.engine.config import EngineConfig
 from sortserve.engine.cost import CostTable
 from sortserve.engine.cost_model import CostModel
-from sortserve.engine.depth_head import DepthHead
+from sortserve.engine.devices import Given, Room, Start, start_on
 from sortserve.engine.errors import NotFoundError, StartupError
 from sortserve.engine.estimates import shape_of_parts
 from sortserve.engine.grammar import Grammars
@@ -30,19 +28,13 @@ from sortserve.engine.profile_cache import fitted
 from sortserve.engine.profiling import Profiler
 from sortserve.engine.protocol import EngineInfo, EngineStats, Event, Prediction
 from sortserve.engine.rungs import Rungs
-from sortserve.engine.runner import Runner
 from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
-from sortserve.engine.settling import settle
+from sortserve.engine.settling import Settled, settle
 from sortserve.engine.simulator.runner import SimulatedRunner
-from sortserve.engine.sizing import default_kv_bytes, size_kv
+from sortserve.engine.sizing import size_kv
 from sortserve.engine.stepping import Stepper
-from sortserve.engine.submodel import ModelShape
-from sortserve.engine.weights import ModelWeights, Progress, load_weights
-
-if TYPE_CHECKING:
-    from sortserve.engine.cuda.start import CudaStart
-    from sortserve.engine.cuda.weights import DeviceWeights
+from sortserve.engine.weights import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -66,94 +58,50 @@ class Engine:
         began = time.monotonic()
         model_config = load_model_config(config.model_folder)
         settled = settle(config, model_config)
-        config, dtype, dispatch, shape = settled.config, settled.dtype, settled.dispatch, settled.shape(model_config)
-        path = config.ladder_path or config.model_folder / LADDER_FILE
-        has_ladder = config.ladder_path is not None or path.exists()
-        ladder = settled.narrowed(Ladder.load(path, shape) if has_ladder else Ladder.default(shape))
-        shape = ladder.shape
-        geometry = KVGeometry.of(shape, ladder.bounds, config.block_tokens)
-        simulated = _simulated(config, shape, ladder, model_config.eos_token_ids)
-        cuda = _cuda(config, model_config, dtype) if simulated is None and dispatch.is_cuda else None
-        room = default_kv_bytes() if cuda is None else cuda.kv_bytes(ladder.costs[-1].weight_bytes)
-        num_pages, max_model_len = size_kv(config, model_config, geometry, room)
-        weights: ModelWeights | DeviceWeights | None = None
-        if simulated is None:
-            source = (DummyCheckpoint if config.dummy_weights else lambda c: Checkpoint.open(config.model_folder, c))(
-                model_config
-            )
-            if cuda is None:
-                weights = load_weights(
-                    source,
-                    model_config,
-                    ladder,
-                    dtype,
-                    sort_ffn=not has_ladder,
-                    products=settled.products,
-                    wide=settled.wide,
-                    progress=progress,
-                )
-            else:
-                weights = cuda.load(
-                    source, sort_ffn=not has_ladder, narrow_layers=ladder.shape.narrow_layers, progress=progress
-                )
-        kv = KVManager(geometry, num_pages, prefix_cache=config.prefix_cache)
-        grammars = Grammars(config.model_folder, shape.vocab_size, model_config.eos_token_ids)
+        config = settled.config
+        ladder, ladder_path = _ladder(settled, model_config)
+        start = start_on(Given(settled, model_config, ladder, ladder_path))
+        room = _room(config, model_config, ladder, start)
+        loaded = start.load(progress)
+        kv = KVManager(room.geometry, room.num_pages, prefix_cache=config.prefix_cache)
+        vocab_size = ladder.shape.vocab_size
+        grammars = Grammars(config.model_folder, vocab_size, model_config.eos_token_ids)
         scheduler = Scheduler(
             ladder,
             kv,
             _policy(config, ladder),
-            Limits(max_model_len, shape.vocab_size, config.max_waiting),
+            Limits(room.max_model_len, vocab_size, config.max_waiting),
             eos_token_ids=model_config.eos_token_ids,
             max_step_tokens=config.max_step_tokens,
             max_running=config.max_running,
             unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
             on_end=grammars.drop,
         )
-        runner: StepRunner
-        kernels = dispatch.kernels
-        if weights is None:
-            assert simulated is not None
-            runner = simulated
-        elif not isinstance(weights, ModelWeights):
-            assert cuda is not None
-            runner = cuda.runner(weights, geometry, scheduler.settings, num_pages, max_model_len, grammars)
-            kernels = f"{kernels}, {runner.attention.words}"
-        else:
-            runner = Runner(
-                model_config,
-                weights,
-                geometry,
-                scheduler.settings,
-                num_pages,
-                max_model_len,
-                model_config.eos_token_ids,
-                grammars,
-                _depth_head(path, ladder),
-            )
+        runner, kernels = loaded.runner(room, scheduler.settings, grammars)
         info = EngineInfo(
             model=config.model_name,
             ladder=ladder,
-            max_model_len=max_model_len,
-            vocab_size=shape.vocab_size,
+            max_model_len=room.max_model_len,
+            vocab_size=vocab_size,
             eos_token_ids=model_config.eos_token_ids,
             capabilities=FEATURES,
-            weight_bytes=ladder.costs[-1].weight_bytes if weights is None else weights.nbytes,
-            kv_bytes=num_pages * geometry.page_bytes,
-            block_tokens=geometry.block_tokens,
-            kv_blocks=num_pages // geometry.num_columns,
+            weight_bytes=loaded.weight_bytes,
+            kv_bytes=room.num_pages * room.geometry.page_bytes,
+            block_tokens=room.geometry.block_tokens,
+            kv_blocks=room.num_pages // room.geometry.num_columns,
             load_seconds=time.monotonic() - began,
-            device="" if simulated is not None else dispatch.device,
-            device_name=dispatch.name,
-            kernels="" if simulated is not None else kernels,
+            device="" if config.simulates is not None else settled.dispatch.device,
+            device_name=settled.dispatch.name,
+            kernels=kernels,
             weights=settled.weights_words(ladder.shape),
             kv_dtype=config.dtype if config.kv_dtype == "auto" else config.kv_dtype,
         )
         engine = cls(config, model_config, info, scheduler, runner, Stepper(scheduler, runner))
-        if simulated is not None:
-            scheduler.cost = CostModel(simulated.cost)
+        if isinstance(runner, SimulatedRunner):
+            scheduler.cost = CostModel(runner.cost)
         elif config.warmup:
             scheduler.cost = engine.measure()
-        _log_start(engine, weights, has_ladder)
+        _log_start(engine, loaded.head_words, has_ladder=ladder_path is not None)
         return engine
 
     def step(self, tell_early: Callable[[list[Event]], None] | None = None) -> list[Event]:
@@ -222,21 +170,19 @@ class Engine:
         return cost
 
 
-def _cuda(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> "CudaStart":
-    """The start on a GPU. Imported only here: triton need not be installed elsewhere."""
-    from sortserve.engine.cuda.start import CudaStart
+def _ladder(settled: Settled, model: ModelConfig) -> tuple[Ladder, Path | None]:
+    """The ladder, and its file; None if the model has none."""
+    config, shape = settled.config, settled.shape(model)
+    path = config.ladder_path or config.model_folder / LADDER_FILE
+    if config.ladder_path is None and not path.exists():
+        return settled.narrowed(Ladder.default(shape)), None
+    return settled.narrowed(Ladder.load(path, shape)), path
 
-    start = CudaStart(config, model, torch.device(config.device), dtype)
-    start.check()
-    return start
 
-
-def _depth_head(ladder_path: Path, ladder: Ladder) -> DepthHead | None:
-    """The head that the ladder names, from the file beside it."""
-    if ladder.depth_head is None:
-        return None
-    path = ladder_path.with_name(ladder.depth_head.file)
-    return DepthHead.load(path, ladder.num_segments, ladder.shape.hidden_size)
+def _room(config: EngineConfig, model: ModelConfig, ladder: Ladder, start: Start) -> Room:
+    """The size of K/V. Raises MemoryBudgetError if the device has none for it."""
+    geometry = KVGeometry.of(ladder.shape, ladder.bounds, config.block_tokens)
+    return Room(geometry, *size_kv(config, model, geometry, start.kv_bytes()))
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
@@ -251,29 +197,7 @@ def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
         raise StartupError(str(error), param="policy") from error
 
 
-def _simulated(
-    config: EngineConfig, shape: ModelShape, ladder: Ladder, eos_token_ids: tuple[int, ...]
-) -> SimulatedRunner | None:
-    """What stands in for the model, if something does."""
-    if config.simulates is None:
-        return None
-    try:
-        return SimulatedRunner.of(config.simulates, shape, ladder, eos_token_ids)
-    except ValueError as error:
-        raise StartupError(str(error), param="simulates") from error
-
-
-def _head_words(weights: "ModelWeights | DeviceWeights | None") -> str:
-    if weights is None:
-        return "simulated"
-    if not isinstance(weights, ModelWeights):
-        return "a matrix of its own" if weights.head_bytes else "the embedding"
-    return (
-        f"packed beside the embedding, {weights.head_bytes / (1 << 20):.0f} MiB" if weights.head_bytes else "unpacked"
-    )
-
-
-def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", has_ladder: bool) -> None:
+def _log_start(engine: Engine, head: str, *, has_ladder: bool) -> None:
     info, mib = engine.info, 1 << 20
     kernels = f"({info.kernels})" if info.kernels else ""
     device = " ".join(word for word in (info.device or "no device", info.device_name, kernels) if word)
@@ -287,7 +211,7 @@ def _log_start(engine: Engine, weights: "ModelWeights | DeviceWeights | None", h
         engine.config.dtype,
         info.weights,
         info.weight_bytes / mib,
-        _head_words(weights),
+        head,
         info.kv_dtype,
         info.kv_bytes / mib,
         info.max_model_len,
