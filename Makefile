@@ -21,7 +21,7 @@ SCRIPTS := .ci docker deploy
 .PHONY: help serve test test-compat test-deploy test-vllm check fuzz audit format bench slo gpu soak clean
 
 help:
-	@echo "make serve   serve the bundled model, or MODEL=path-or-name, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
+	@echo "make serve   serve the bundled model, or MODEL=folder, at HOST=$(HOST) PORT=$(PORT); ARGS='--flag ...' go to the server"
 	@echo "make test    run the tests; ARGS='-k name -n 0 ...' go to pytest"
 	@echo "make test-compat   run public clients and tools against a server; their environments take minutes to make, once"
 	@echo "make test-deploy   images, chart, alerts and rollouts with the real tools; as root, since it mounts and changes roots"

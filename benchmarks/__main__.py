@@ -29,7 +29,7 @@ def main() -> None:
     unknown = set(asked.names) - set(BENCHMARKS)
     if unknown:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    if not (asked.model / "config.json").exists():
+    if set(asked.names) != {"http"} and not (asked.model / "config.json").exists():
         parser.error(f"{asked.model} holds no model; give one with --model FOLDER")
     for name, run in BENCHMARKS.items():
         if not asked.names or name in asked.names:

@@ -26,8 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy" / "helm" / "sortserve"
 DOCKER = ROOT / "docker"
 RULE_TESTS = ROOT / "tests" / "deploy" / "rules_test.yaml"
-# Flags of the vLLM backend, which the chart offers before the server does: take out what has come to be there.
-COMING = {"--tensor-parallel-size", "--pipeline-parallel-size"}
 
 
 def serve_flags() -> dict[str, argparse.Action]:
@@ -39,7 +37,7 @@ def serve_flags() -> dict[str, argparse.Action]:
 def test_the_chart_gives_only_flags_that_the_server_has() -> None:
     given = set(re.findall(r"^- (--[a-z-]+)", (CHART / "templates" / "_pod.tpl").read_text(), re.M))
     assert len(given) > 15
-    assert given - COMING - set(serve_flags()) == set()
+    assert given - set(serve_flags()) == set()
 
 
 def test_choices_of_the_chart_are_the_servers() -> None:

@@ -52,22 +52,22 @@ set. Included by the workload, so all of it always runs. */}}
 {{- define "sortserve.checkGpus" -}}
 {{- $v := .Values }}
 {{- $here := int $v.gpu.count }}
-{{- $wanted := mul (int $v.backend.tensorParallelSize) (int $v.backend.pipelineParallelSize) | int }}
+{{- $wanted := int $v.backend.tensorParallelSize }}
 {{- if and (gt $here 1) (eq $v.backend.kind "native") }}
 {{- fail (printf "gpu.count is %d, but backend.kind native uses one GPU: set gpu.count to 1, or backend.kind to vllm" $here) }}
 {{- end }}
 {{- if and (gt $wanted 1) (eq $v.backend.kind "native") }}
-{{- fail (printf "backend.tensorParallelSize x backend.pipelineParallelSize is %d, but backend.kind native uses one device: set backend.kind to vllm" $wanted) }}
+{{- fail (printf "backend.tensorParallelSize is %d, but backend.kind native uses one device: set backend.kind to vllm" $wanted) }}
 {{- end }}
 {{- if and (ne $v.multiNode.kind "none") (eq $v.backend.kind "native") }}
 {{- fail (printf "multiNode.kind is %s, but backend.kind is native: only vllm runs one replica on several nodes" $v.multiNode.kind) }}
 {{- end }}
 {{- if and (eq $v.multiNode.kind "none") (eq $v.backend.kind "vllm") (ne $here $wanted) (or (gt $here 0) (gt $wanted 1)) }}
-{{- fail (printf "backend.tensorParallelSize x backend.pipelineParallelSize is %d, but gpu.count is %d: they must be equal, or spread the replica over nodes with multiNode" $wanted $here) }}
+{{- fail (printf "backend.tensorParallelSize is %d, but gpu.count is %d: they must be equal, or spread the replica over nodes with multiNode" $wanted $here) }}
 {{- end }}
 {{- $group := mul $here (int $v.multiNode.size) | int }}
 {{- if and (include "sortserve.leaderWorkerSet" .) (ne $group $wanted) }}
-{{- fail (printf "multiNode.size x gpu.count is %d GPUs, but backend.tensorParallelSize x backend.pipelineParallelSize is %d: they must be equal" $group $wanted) }}
+{{- fail (printf "multiNode.size x gpu.count is %d GPUs, but backend.tensorParallelSize is %d: they must be equal" $group $wanted) }}
 {{- end }}
 {{- if and (eq $v.multiNode.kind "ray") (not $v.multiNode.ray.address) }}
 {{- fail "multiNode.kind is ray: set multiNode.ray.address to the cluster's head, such as raycluster-head-svc:6379" }}

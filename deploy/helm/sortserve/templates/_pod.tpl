@@ -18,7 +18,9 @@
 {{- if ne .Values.backend.kind "native" }}
 - --backend={{ .Values.backend.kind }}
 - --tensor-parallel-size={{ .Values.backend.tensorParallelSize }}
-- --pipeline-parallel-size={{ .Values.backend.pipelineParallelSize }}
+{{- if ne .Values.multiNode.kind "none" }}
+- --vllm-arg=distributed_executor_backend=ray
+{{- end }}
 {{- else }}
 - --device={{ ternary "cuda" "cpu" (gt (int .Values.gpu.count) 0) }}
 {{- if kindIs "float64" $s.threads }}
