@@ -25,7 +25,7 @@ help:
 	@echo "make test    run the tests; ARGS='-k name -n 0 ...' go to pytest"
 	@echo "make test-compat   run public clients and tools against a server; their environments take minutes to make, once"
 	@echo "make test-deploy   images, chart, alerts and rollouts with the real tools; as root, since it mounts and changes roots"
-	@echo "make test-vllm   the backend on vLLM's CPU build; its environment takes ten minutes and 5 GB, once"
+	@echo "make test-vllm   the backend on vLLM's CPU build; its environment takes minutes and 5 GB, once"
 	@echo "make check   ruff, formatting, mypy and pins"
 	@echo "make fuzz    five minutes of odd requests against a real server; FUZZ_SECONDS=n for another time"
 	@echo "make gpu     correctness and benchmarks on a CUDA GPU, in under nine minutes; ARGS='--dry-run' without one"

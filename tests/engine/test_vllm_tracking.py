@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sortserve.engine.ladder import Entry, Ladder
 from sortserve.engine.settings import SettingsTable
 from sortserve.engine.submodel import ModelShape, SubModel
-from sortserve.engine.vllm.tracking import Tracked, keeps_kv, read_request, salt_of
+from sortserve.engine.vllm.tracking import Tracked, keeps_kv, read_request, salt_of, salts
 
 SHAPE = ModelShape(num_layers=8, hidden_size=4, ffn_width=32, num_heads=1, num_kv_heads=1, head_dim=4, vocab_size=8)
 LADDER = Ladder.of(
@@ -96,7 +96,7 @@ def test_kv_stay_where_they_are_good_for_the_next_place(used: list[str], wanted:
 def salt(wanted: str, used: list[str], request_id: str = "a", own: str | None = None) -> str:
     tracked = read(None)
     tracked.user_salt, tracked.wanted, tracked.used = own, place(wanted), {place(name) for name in used}
-    return salt_of(tracked, request_id, LADDER, SETTINGS)
+    return salt_of(tracked, request_id, salts(LADDER), SETTINGS)
 
 
 def test_blocks_are_shared_among_requests_of_one_submodel() -> None:

@@ -19,6 +19,7 @@ import pytest
 from tests.bundled import FLOOR, MIDDLE
 from tests.server.real_server import Server, children, resident_bytes, serving
 
+KILLS = int(os.environ.get("SORTSERVE_KILLS", "6"))  # 20 took two minutes
 NUM_STREAMS = 32
 TERMINAL_SECONDS = 2.0  # the longest that a client waits for its last event after its engine was killed
 LOAD_SECONDS_MORE = 5.0
@@ -76,7 +77,7 @@ def nothing_left(server: Server, engines: set[int], sockets: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_engines_killed_under_32_streams(sockets: Path) -> None:
-    """Twenty times: every client hears one end, the last of them within 2 s, the next request succeeds within the load
+    """Again and again: every client hears one end, the last of them within 2 s, the next request succeeds within the load
     time and 5 s, and at the end nothing is left behind.
 
     The times are those of the median round: a machine that is busy elsewhere may stall any one of them, and a server
@@ -89,7 +90,7 @@ async def test_engines_killed_under_32_streams(sockets: Path) -> None:
         slowest_ends, returns = [], []
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-            for round_number in range(20):
+            for round_number in range(KILLS):
                 if round_number % 5 == 0:
                     began = time.monotonic()
                     with serving() as other:
@@ -116,7 +117,7 @@ async def test_engines_killed_under_32_streams(sockets: Path) -> None:
         print(f"slowest ends {max(slowest_ends):.2f} s, slowest return {max(returns):.1f} s, loads {max(loads):.1f} s")
         assert statistics.median(slowest_ends) < TERMINAL_SECONDS
         assert statistics.median(returns) < max(loads) + LOAD_SECONDS_MORE
-        assert len(engines) == 21
+        assert len(engines) == KILLS + 1
         assert "Traceback" not in "".join(server.log)
         server.process.send_signal(signal.SIGTERM)
         nothing_left(server, engines, sockets)

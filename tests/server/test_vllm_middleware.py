@@ -42,7 +42,7 @@ def app(stats_address: str = "") -> FastAPI:
         except (ValueError, RecursionError):
             return {"raw": content.decode()}
 
-    for path in ("/v1/completions", "/v1/embeddings"):
+    for path in ("/v1/completions", "/v1/messages", "/v1/embeddings"):
         made.post(path)(echo)
     made.add_middleware(LatencyBudgets)
     return made
@@ -67,7 +67,8 @@ async def test_headers_become_arguments() -> None:
         "reuse",
     )
     assert before - 1 <= got[ARRIVAL] <= time.time() + 1
-    assert (await reached({"X-Submodel": MIDDLE})).json()[XARGS][SUBMODEL] == MIDDLE
+    for path in ("/v1/completions", "/v1/messages"):
+        assert (await reached({"X-Submodel": MIDDLE}, path=path)).json()[XARGS][SUBMODEL] == MIDDLE
 
 
 async def test_fields_become_arguments_and_leave_the_body() -> None:
@@ -128,16 +129,21 @@ async def test_the_schedulers_figures_stand_behind_vllms_own(tmp_path: Path) -> 
         reporter.selected(FULL, Reason.BEST)
         reporter.generated(FULL, 7)
         reporter.dropped("refused")
-        reporter.report(scheduler, cast(Decider, decider), 1.0)
+        reporter.report(scheduler, cast(Decider, decider), 1.0, goes_on=True)
+        reporter.generated(FULL, 3)
+        reporter.report(scheduler, cast(Decider, decider), 1.1, goes_on=True)  # too soon after the other one
+        reporter.generated(FULL, 4)
+        reporter.report(scheduler, cast(Decider, decider), 1.2, goes_on=False)  # nobody is left: no other one will come
         deadline = time.monotonic() + 30
-        while "sortserve_" not in (text := (await client.get("/metrics")).text) and time.monotonic() < deadline:
+        last = f'submodel="{FULL}"}} 14.0'
+        while last not in (text := (await client.get("/metrics")).text) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         reporter.close()
     await end(served)
     for line in (
         "vllm:of_its_own 1.0",
         'sortserve_requests_running{model="mine"} 3.0',
-        f'sortserve_generation_tokens_total{{model="mine",submodel="{FULL}"}} 7.0',
+        f'sortserve_generation_tokens_total{{model="mine",submodel="{FULL}"}} 14.0',
         f'sortserve_submodel_selected_total{{model="mine",reason="best",submodel="{FULL}"}} 1.0',
         'sortserve_requests_dropped_total{model="mine",reason="refused"} 1.0',
         'sortserve_step_time_error_ratio{kind="decode",model="mine"} 0.25',

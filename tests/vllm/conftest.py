@@ -68,6 +68,7 @@ def clean(engine: Engine) -> None:
         decider.order,
         decider.steps,
         decider.seen,
+        decider.ends,
     ):
         written.clear()
     assert engine.llm.reset_prefix_cache()

@@ -21,6 +21,7 @@ class Programmed:
     order: list[int] = field(default_factory=list)
     steps: list[MeasuredStep] = field(default_factory=list)
     seen: list[tuple[Standing, ...]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # output tokens of those that came to their own end
 
     def decide(self, requests: Sequence[Standing], now: float) -> Answer:
         """See Decider."""
@@ -49,6 +50,10 @@ class Programmed:
     def measured(self, step: MeasuredStep) -> None:
         """See Decider."""
         self.steps.append(step)
+
+    def ended(self, request_id: str, num_output: int, now: float) -> None:
+        """See Decider."""
+        self.ends.append(num_output)
 
     def stats(self) -> Mapping[str, Any]:
         """See Decider."""

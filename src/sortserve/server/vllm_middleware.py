@@ -33,7 +33,7 @@ from sortserve.server.vllm_reports import Reports
 
 _LOG = logging.getLogger(__name__)
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 MAX_BODY_BYTES = 64 << 20
 XARGS = "vllm_xargs"
 

@@ -287,9 +287,27 @@ def test_what_is_foretold_of_those_that_may_begin() -> None:
         waits = standing(name, arrival=at, budget=Budget(total_ms=1e6), max_tokens=11)
         alone = made.decide([waits], at).foretold[name][0]
         made.decide([running(name, num_output=10, arrival=at, budget=waits.budget, max_tokens=11)], at + 0.01)
+        made.ended(name, 11, at + 3 * alone)
         made.decide([], at + 3 * alone)
     slower = standing("slower", arrival=1000.0, budget=Budget(total_ms=1e6), max_tokens=11)
     assert made.decide([slower], 1000.0).foretold["slower"][0] == pytest.approx(3 * alone, rel=0.1)
+
+
+def test_only_those_that_came_to_their_own_end_are_learned_from() -> None:
+    """Who was cut or left early says neither how long answers are nor how well they were foretold."""
+    made = taught("fixed")
+    for number in range(20):
+        name, at = f"r{number}", 110.0 + number
+        budget = Budget(total_ms=1e6)
+        before = made.decide([standing(name, arrival=at, budget=budget, ignore_eos=False)], at)
+        made.decide([running(name, num_output=2, arrival=at, budget=budget, ignore_eos=False)], at + 0.01)
+        made.decide([], at + 0.02)
+    after = made.decide([standing("next", arrival=200.0, budget=budget, ignore_eos=False)], 200.0)
+    assert after.foretold["next"][0] == pytest.approx(before.foretold["r19"][0], rel=0.05)
+    assert made.view([standing(ignore_eos=False, max_tokens=90)], 201.0).expected_left.tolist() == [90]
+    for _ in range(20):
+        made.ended("long gone", 7, 202.0)
+    assert made.view([standing(ignore_eos=False, max_tokens=90)], 203.0).expected_left.tolist() == [16]
 
 
 def test_who_sits_out_goes_on_as_it_is() -> None:

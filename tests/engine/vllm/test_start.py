@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,30 @@ def test_settings_that_vllm_has_no_like_of(change: dict[str, Any], says: str) ->
 def test_a_fixed_sub_model_that_there_is_not() -> None:
     with pytest.raises(NotFoundError):
         arguments(replace(CONFIG, fixed_submodel="d99"))
+
+
+def test_the_scheduler_goes_with_the_kind_of_scheduling() -> None:
+    for cpu, given, expected in ((True, (), ""), (False, (), "Async"), (False, ("async-scheduling=false",), "")):
+        config = replace(CONFIG, device="auto", vllm_args=given)
+        made = arguments(config, cpu=cpu)
+        assert made["scheduler_cls"].endswith(f".{expected}SubmodelScheduler")
+        assert made["async_scheduling"] == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cache_dtype", "per_token"), [(1, "auto", 256), (4, "auto", 128), (1, "fp8_e4m3", 128)]
+)
+def test_the_next_start_is_given_the_memory_that_this_one_took(ranks: int, cache_dtype: str, per_token: int) -> None:
+    """Bytes of a token, rank and layer: two heads of 32 numbers in bfloat16; of four ranks each has one of them."""
+    own = start.configuration(CONFIG)
+    settings = SimpleNamespace(
+        cache_config=SimpleNamespace(
+            block_size=16, num_gpu_blocks=10, cache_dtype=cache_dtype, kv_cache_memory_bytes=None
+        ),
+        model_config=SimpleNamespace(dtype="torch.bfloat16", max_model_len=512),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
+    assert start._info(CONFIG, own, settings).kv_bytes == 160 * own.model.shape.num_layers * per_token
 
 
 def test_values_are_json_where_they_are() -> None:

@@ -138,6 +138,7 @@ def test_sub_models_are_told_token_by_token() -> None:
         (6, "d4"),
         (7, "d2"),
     ]
+    assert answer.made == {"d8": 2, "d4": 1, "d2": 1}
     [end] = answer.take(Output([], finish_reason="stop", told={"submodels": [["d8", 2], ["d4", 1], ["d2", 1]]}), 12.0)
     assert isinstance(end, FinishedEvent)
     assert (end.reason, end.summary.submodels, end.summary.switches) == ("stop", {"d8": 2, "d4": 1, "d2": 1}, 2)

@@ -51,6 +51,7 @@ def expected_signatures() -> list[tuple[Any, str, tuple[str, ...]]]:
         (Scheduler, "get_request_counts", ("self",)),
         (Scheduler, "shutdown", ("self",)),
         (Request, "update_block_hashes", ("self",)),
+        (GPUModelRunner, "__init__", ("self", "vllm_config", "device")),
         (GPUModelRunner, "execute_model", ("self", "scheduler_output", "intermediate_tensors")),
         (
             GPUModelRunner,
@@ -84,6 +85,7 @@ def expected_signatures_v2() -> list[tuple[Any, str, tuple[str, ...]]]:
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     return [
+        (GPUModelRunner, "__init__", ("self", "vllm_config", "device")),
         (GPUModelRunner, "gather_batch_req_state", ("self", "scheduler_output", "dummy_run")),
         (
             GPUModelRunner,
@@ -100,6 +102,30 @@ def expected_signatures_v2() -> list[tuple[Any, str, tuple[str, ...]]]:
             ),
         ),
     ]  # fmt: skip
+
+
+def expected_signatures_of_models() -> list[tuple[Any, str, tuple[str, ...]]]:
+    """The same of the four families, whose decoders are taken apart (`model/loop.py`)."""
+    from vllm.model_executor.models import llama, mistral, qwen2, qwen3
+
+    forward = ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds")
+    layer, attention = ("self", "positions", "hidden_states", "residual"), ("self", "positions", "hidden_states")
+    families: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+        (llama, "Llama", layer),
+        (mistral, "Mistral", (*layer, "t_cond")),
+        (qwen2, "Qwen2", layer),
+        (qwen3, "Qwen3", layer),
+    )
+    expected: list[tuple[Any, str, tuple[str, ...]]] = []
+    for module, name, of_layer in families:
+        expected += [
+            (getattr(module, f"{name}ForCausalLM"), "forward", forward),
+            (getattr(module, f"{name}Model"), "embed_input_ids", ("self", "input_ids")),
+            (getattr(module, f"{name}DecoderLayer"), "forward", of_layer),
+            (getattr(module, f"{name}Attention"), "forward", attention),
+            (getattr(module, f"{name}MLP"), "forward", ("self", "x")),
+        ]
+    return expected
 
 
 def check_signatures(expected: list[tuple[Any, str, tuple[str, ...]]]) -> None:
@@ -138,6 +164,17 @@ def refusals(config: Any) -> list[str]:
             f"the model class is {', '.join(architectures) or 'unknown'}, not one of ours: "
             f'--hf-overrides \'{{"architectures": ["..."]}}\' with one of {", ".join(ARCHITECTURES.values())}',
         ),
+        *(
+            (not _is_ours(given), f"{flag} is {given!r}, not ours, so that every request would run the full model")
+            for flag, given in (
+                ("--scheduler-cls", config.scheduler_config.scheduler_cls),
+                ("--worker-cls", parallel.worker_cls),
+            )
+        ),
+        (
+            parallel.data_parallel_size > 1,
+            "data parallelism: its schedulers do not know of each other's load; run a server for each replica",
+        ),
         (config.lora_config is not None, "LoRA (--enable-lora): not with sub-models"),
         (
             parallel.use_ubatching or parallel.enable_dbo,
@@ -164,6 +201,12 @@ def refusals(config: Any) -> list[str]:
         (config.kv_transfer_config is not None, "KV connectors: they would ship layers that were never computed"),
     ]
     return [message for refused, message in checks if refused]
+
+
+def _is_ours(given: object) -> bool:
+    """Whether a class, or its name, is none of vLLM's own, which "auto" and None stand for."""
+    name = given if isinstance(given, str) else getattr(given, "__module__", "")
+    return name not in ("auto", "") and not name.startswith("vllm.")
 
 
 def check_start(config: Any) -> None:

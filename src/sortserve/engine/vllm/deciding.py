@@ -102,6 +102,10 @@ class Decider(Protocol):
         """A step has run."""
         ...
 
+    def ended(self, request_id: str, num_output: int, now: float) -> None:
+        """A request came to its own end: it was neither cut nor aborted nor refused."""
+        ...
+
     def stats(self) -> Mapping[str, Any]:
         """What the front end is told, a few times a second; values that MessagePack can carry."""
         ...
@@ -121,6 +125,9 @@ class CeilingDecider:
         )
 
     def measured(self, step: MeasuredStep) -> None:
+        """Nothing is learnt."""
+
+    def ended(self, request_id: str, num_output: int, now: float) -> None:
         """Nothing is learnt."""
 
     def stats(self) -> Mapping[str, Any]:

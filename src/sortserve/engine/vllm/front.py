@@ -45,6 +45,7 @@ class Front:
         llm: AsyncLLM,
         info: EngineInfo,
         outlook: Outlook,
+        max_running: int,
         max_waiting: int,
         tell: Tell,
         on_dead: Callable[[], None],
@@ -52,7 +53,7 @@ class Front:
         unasked: int | None = None,
     ) -> None:
         self.outlook = outlook
-        self._llm, self._info, self._unasked = llm, info, unasked
+        self._llm, self._info, self._unasked, self._max_running = llm, info, unasked, max_running
         self._limits = Limits(info.max_model_len, info.vocab_size, max_waiting)
         self._tell = tell
         self._on_dead = on_dead
@@ -114,7 +115,7 @@ class Front:
         ladder = self._info.ladder
         terms = resolve_terms(request, ladder, self._unasked)
         running = sum(answer.accepted for answer in self._answers.values())
-        waiting = len(self._answers) - running
+        waiting = max(0, len(self._answers) - self._max_running)  # whoever has a seat may be at its prompt still
         if waiting >= self._limits.max_waiting:
             raise OverloadedError(
                 f"{waiting} requests are waiting, the queue holds {self._limits.max_waiting}", retry_after=RETRY_SECONDS

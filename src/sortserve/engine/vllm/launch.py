@@ -40,14 +40,15 @@ def engine_arguments(
         own["stats_address"] = stats_address
     if not compile_kernels:
         own["compile_kernels"] = False
-    scheduler = "SubmodelScheduler" if cpu else "AsyncSubmodelScheduler"
+    asynchronous = vllm_arguments.get("async_scheduling", not cpu)
+    scheduler = "AsyncSubmodelScheduler" if asynchronous else "SubmodelScheduler"
     worker = "SubmodelCPUWorker" if cpu else "SubmodelWorker"
     return {
         "model": str(folder),
         "hf_overrides": {"architectures": [ARCHITECTURES[_FAMILY_ARCHITECTURES[family]]]},
         "scheduler_cls": f"{_PARTS}.sched.{scheduler}",
         "worker_cls": f"{_PARTS}.worker.{worker}",
-        "async_scheduling": not cpu,
+        "async_scheduling": asynchronous,
         "enforce_eager": True,
         "additional_config": {KEY: own},
         **vllm_arguments,

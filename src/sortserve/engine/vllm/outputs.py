@@ -95,10 +95,13 @@ class Answer:
 
     def _submodels(self, output: Output) -> list[str]:
         """Of the output's tokens, by their places in the answer."""
-        runs = self.told.get("submodels") or [[self.starts, self.num_output + len(output.tokens)]]
-        spelled = [str(name) for name, count in runs for _ in range(int(count))]
-        found = spelled[self.num_output : self.num_output + len(output.tokens)]
-        return found + [spelled[-1] if spelled else self.starts] * (len(output.tokens) - len(found))
+        first, after = self.num_output, self.num_output + len(output.tokens)
+        found: list[str] = []
+        last, end = self.starts, 0
+        for name, count in self.told.get("submodels") or [[self.starts, after]]:
+            begin, end, last = end, end + int(count), str(name)
+            found += [last] * (min(end, after) - max(begin, first))  # of a negative number of times: none
+        return found + [last] * (len(output.tokens) - len(found))
 
     def _token(
         self, token: int, submodel: str, logprobs: Sequence[Alternatives] | None, place: int, now: float

@@ -60,6 +60,12 @@ class PolicyDecider:
         """See Decider."""
         self.cost.note(shape_of(self.rungs, step), step.seconds, step.between)
 
+    def ended(self, request_id: str, num_output: int, now: float) -> None:
+        """See Decider."""
+        self._lengths.observe(num_output)
+        asked_at, seconds = self._foretold.pop(request_id, (now, 0.0))
+        self._foreteller.ended(seconds, now - asked_at)
+
     def stats(self) -> Mapping[str, Any]:
         """What the front end predicts with, and how good predictions were: JSON of the costs, and errors by kind of step."""
         model = self.cost.model
@@ -93,10 +99,7 @@ class PolicyDecider:
             for each in requests
         }
         for gone in self._seen.keys() - seen.keys():
-            asked_at, seconds = self._foretold.pop(gone, (now, 0.0))
-            if self._seen[gone].num_output:
-                self._lengths.observe(self._seen[gone].num_output)
-                self._foreteller.ended(seconds, now - asked_at)
+            self._foretold.pop(gone, None)
         before, self._seen = self._seen, seen
         for each in requests:
             was = before.get(each.request_id)

@@ -82,6 +82,7 @@ class _Loaded:
             llm,
             info,
             self.outlook,
+            config.max_running,
             config.max_waiting,
             self._tell,
             self.dead.set,
@@ -216,7 +217,11 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     directory = Path(sys.argv[1].removeprefix("ipc://")).parent
     threading.Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
-    code = asyncio.run(serve(sys.argv[1]))
+    code = 1
+    try:
+        code = asyncio.run(serve(sys.argv[1]))
+    except Exception:
+        _LOG.exception("the engine process ends")
     sys.stderr.flush()
     os._exit(code)  # vLLM's threads and atexit hooks would wait for a dead engine core
 

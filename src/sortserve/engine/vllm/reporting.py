@@ -55,10 +55,10 @@ class Reporter:
         """A request was refused or cut."""
         self._dropped[reason] += 1
 
-    def report(self, scheduler: Any, decider: Decider, now: float) -> None:
-        """A step has ended; send the figures if it is time."""
+    def report(self, scheduler: Any, decider: Decider, now: float, *, goes_on: bool) -> None:
+        """A step has ended; send the figures if it is time, or if nobody is left (not `goes_on`): no step comes then."""
         self._steps += 1
-        if self._socket is None or now < self._next:
+        if self._socket is None or (goes_on and now < self._next):
             return
         self._next = now + REPORT_SECONDS
         running, waiting = scheduler.get_request_counts()

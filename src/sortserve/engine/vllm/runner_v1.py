@@ -21,7 +21,8 @@ from sortserve.engine.vllm.side import places_of
 
 
 class SubmodelRunnerMixin:
-    """Stands before vLLM's runner. `_rows` is the step that runs now; None in dummy runs, which run everything."""
+    """Stands before vLLM's runner. `_rows` is the step that runs now, kept until the next one begins; None in dummy runs,
+    which run everything and come before the first step."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         check_start(vllm_config)

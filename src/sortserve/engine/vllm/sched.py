@@ -16,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from sortserve.engine.policies.protocol import NEVER_RAN, Reason
@@ -26,7 +26,7 @@ from sortserve.engine.vllm.deciding import Answer, Setup
 from sortserve.engine.vllm.measuring import StepClock
 from sortserve.engine.vllm.reporting import Reporter
 from sortserve.engine.vllm.side import places_of, set_places
-from sortserve.engine.vllm.tracking import Tracked, keeps_kv, read_request, salt_of, standing
+from sortserve.engine.vllm.tracking import Tracked, keeps_kv, read_request, salt_of, salts, standing
 
 
 class SubmodelMixin:
@@ -39,6 +39,7 @@ class SubmodelMixin:
         self._tracked: dict[str, Tracked] = {}
         self._gone: list[str] = []  # freed by vLLM; their last output may still be told
         self._ended: list[tuple[int, EngineCoreOutput]] = []  # (client, last output) of those refused or cut
+        self._salts = salts(self._own.ladder)
         self._step_limit: int = self.max_num_scheduled_tokens
         self._decider = self._own.make_decider()(
             Setup(
@@ -93,6 +94,7 @@ class SubmodelMixin:
             if tracked.first_scheduled is None:  # what counts as computed before its first rows was found
                 tracked.first_scheduled = now
                 tracked.cached = self.requests[request_id].num_computed_tokens - tokens  # type: ignore[attr-defined]
+            tracked.preemptions = self.requests[request_id].num_preemptions - tracked.promotions  # type: ignore[attr-defined]
             places[request_id] = self._begin(tracked)
         set_places(output, places)
         if self.use_v2_model_runner:  # type: ignore[attr-defined] # whose row order follows this dict's
@@ -134,7 +136,7 @@ class SubmodelMixin:
         step = self._clock.finished(scheduler_output, now, goes_on=goes_on)
         if step is not None:
             self._decider.measured(step)
-        self._reporter.report(self, self._decider, now)
+        self._reporter.report(self, self._decider, now, goes_on=goes_on)
         return outputs
 
     def _tell(self, output: EngineCoreOutput, place: int | None, now: float) -> None:
@@ -147,6 +149,8 @@ class SubmodelMixin:
             self._reporter.generated(submodel_id, len(output.new_token_ids))
             tracked.first_token = now if tracked.first_token is None else tracked.first_token
             tracked.last_token = now
+        if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) and not tracked.cut:
+            self._decider.ended(output.request_id, tracked.num_output, now)
         output.kv_transfer_params = {**(output.kv_transfer_params or {}), "sortserve": self._told(tracked, output)}
 
     def _told(self, tracked: Tracked, output: EngineCoreOutput) -> dict[str, Any]:
@@ -154,6 +158,7 @@ class SubmodelMixin:
             "submodels": [list(run) for run in tracked.runs],
             "reason": Reason(tracked.reason).name.lower(),
             "switches": tracked.switches,
+            "preemptions": tracked.preemptions,
             "recomputed_tokens": tracked.recomputed_tokens,
             "foretold": tracked.foretold,
             "queue": None if tracked.first_scheduled is None else tracked.first_scheduled - tracked.arrival,
@@ -201,8 +206,10 @@ class SubmodelMixin:
 
     def _put_in_order(self, order: Sequence[str]) -> None:
         """Who decodes comes first, then prompts that have begun, then those that wait, each in the decider's order. vLLM
-        takes them from the front as far as a step's rows go, and memory back from the end of those that run."""
-        if not order:
+        takes them from the front as far as a step's rows go, and memory back from the end of those that run. With priorities
+        of vLLM's own these say it."""
+        waiting = self.waiting  # type: ignore[attr-defined]
+        if not order or not isinstance(waiting, FCFSRequestQueue):
             return
         turn = {request_id: number for number, request_id in enumerate(order)}
 
@@ -210,14 +217,13 @@ class SubmodelMixin:
             return request.is_prefill_chunk, turn.get(request.request_id, len(turn))
 
         self.running.sort(key=key)  # type: ignore[attr-defined]
-        waiting = self.waiting  # type: ignore[attr-defined]
-        if isinstance(waiting, FCFSRequestQueue):  # else vLLM's own priorities say it
-            ordered = sorted(waiting, key=lambda request: key(request)[1])
-            waiting.clear()
-            waiting.extend(ordered)
+        ordered = sorted(waiting, key=lambda request: key(request)[1])
+        waiting.clear()
+        waiting.extend(ordered)
 
     def _switch(self, request: Request, tracked: Tracked, wanted: int, reason: int, now: float) -> None:
         if request.status == RequestStatus.RUNNING and not keeps_kv(tracked, wanted, self._own.settings):
+            tracked.promotions += 1
             tracked.recomputed_tokens += request.num_computed_tokens
             self._reporter.recomputed(request.num_computed_tokens)
             self.running.remove(request)  # type: ignore[attr-defined]
@@ -232,7 +238,7 @@ class SubmodelMixin:
     def _go_to(self, request: Request, tracked: Tracked, wanted: int, reason: int) -> None:
         """The request's next step runs `wanted`; its blocks are hashed anew if they are no longer to be shared alike."""
         tracked.wanted, tracked.reason = wanted, int(reason)
-        salt = salt_of(tracked, request.request_id, self._own.ladder, self._own.settings)
+        salt = salt_of(tracked, request.request_id, self._salts, self._own.settings)
         if request.cache_salt != salt:
             request.cache_salt = salt
             request.block_hashes.clear()

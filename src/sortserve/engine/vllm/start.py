@@ -159,8 +159,11 @@ def _info(config: EngineConfig, own: Configuration, settings: Any) -> EngineInfo
     shape, cache = own.model.shape, settings.cache_config
     block_tokens, kv_blocks = int(cache.block_size or 0), int(cache.num_gpu_blocks or 0)
     dtype_bytes = DTYPE_BYTES.get(str(settings.model_config.dtype).removeprefix("torch."), shape.dtype_bytes)
-    per_token = shape.num_layers * shape.kv_bytes_per_token_layer * dtype_bytes // shape.dtype_bytes
-    each = kv_blocks * block_tokens * per_token // int(settings.parallel_config.tensor_parallel_size)
+    value_bytes = 1 if str(cache.cache_dtype).startswith("fp8") else dtype_bytes
+    heads = max(
+        1, shape.num_kv_heads // int(settings.parallel_config.tensor_parallel_size)
+    )  # fewer than ranks: repeated
+    each = kv_blocks * block_tokens * shape.num_layers * 2 * heads * shape.head_dim * value_bytes
     return EngineInfo(
         model=config.model_name,
         ladder=own.ladder,

@@ -5,7 +5,7 @@ another way is clamped, since an exception in vLLM's scheduler ends the engine.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ class Tracked:
     used: set[int] = field(default_factory=set)
     runs: list[list[Any]] = field(default_factory=list)  # [ladder id, output tokens], in order
     switches: int = 0
+    promotions: int = 0  # for which it was preempted
+    preemptions: int = 0  # for others' memory
     recomputed_tokens: int = 0
     tokens_since_switch: int = 0
     cached: int = 0  # tokens of its prompt that were found in the prefix cache
@@ -43,6 +45,11 @@ class Tracked:
     last_token: float | None = None
     refused: bool = False
     cut: bool = False
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens that were told."""
+        return sum(int(count) for _, count in self.runs)
 
     def count(self, submodel_id: str, tokens: int) -> None:
         """`tokens` more were made by `submodel_id`."""
@@ -91,7 +98,12 @@ def keeps_kv(tracked: Tracked, place: int, settings: SettingsTable) -> bool:
     return True
 
 
-def salt_of(tracked: Tracked, request_id: str, ladder: Ladder, settings: SettingsTable) -> str:
+def salts(ladder: Ladder) -> tuple[str, ...]:
+    """The prefix-cache salts of the places of the ladder."""
+    return tuple(_digest(repr(entry.submodel)) for entry in ladder.entries)
+
+
+def salt_of(tracked: Tracked, request_id: str, of_places: Sequence[str], settings: SettingsTable) -> str:
     """The prefix-cache salt of a request for the place it runs next.
 
     Blocks are shared only among requests whose K/V were all made by one sub-model: a shallow one has garbage in deeper
@@ -101,9 +113,13 @@ def salt_of(tracked: Tracked, request_id: str, ladder: Ladder, settings: Setting
     place = tracked.wanted
     target = settings.targets[place]
     mixed = any(settings.targets[used][: len(target)] != target for used in tracked.used)
-    made_by = f"only {request_id}" if mixed else repr(ladder.entries[place].submodel)
+    made_by = _digest(f"only {request_id}") if mixed else of_places[place]
     own = "" if tracked.user_salt is None else tracked.user_salt
-    return f"{own}|sortserve {hashlib.sha256(made_by.encode()).hexdigest()[:32]}"
+    return f"{own}|sortserve {made_by}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _place(value: object, ladder: Ladder) -> int | None:

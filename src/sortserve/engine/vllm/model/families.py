@@ -9,6 +9,7 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from sortserve.engine.vllm.compat import check_signatures, expected_signatures_of_models
 from sortserve.engine.vllm.configuration import Configuration
 from sortserve.engine.vllm.model.loop import replace_ffns, row_layouts, rows_of_step, run_segments
 from sortserve.engine.vllm.model.rows import RowLayouts, StepRows
@@ -18,6 +19,7 @@ class SortedMixin:
     """Stands before a stock class. `forward` is told which rows run what by vLLM's forward context."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        check_signatures(expected_signatures_of_models())
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         own = Configuration.of_vllm(vllm_config)
         self._ladder, self._dtype = own.ladder, vllm_config.model_config.dtype
