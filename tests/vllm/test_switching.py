@@ -1,5 +1,7 @@
 """Sub-models that change while a request runs: promotion, demotion, reuse, refusals and cuts."""
 
+import random
+
 import pytest
 import torch
 
@@ -65,6 +67,27 @@ def test_a_demoted_request_that_comes_back_computes_again(engine: Engine) -> Non
     result = engine.generate([prompt], [engine.free], 20)[0]
     assert result.told["recomputed_tokens"] == 46 + 9 - 1
     assert result.tokens[9:] == engine.alone(prompt + result.tokens[:9], deep, 11)
+
+
+def test_random_schedules_are_as_if(engine: Engine) -> None:
+    """Nine requests at once, short of memory, each with up to four sub-models at random: every run of tokens is what its
+    sub-model alone would say next."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng, places = random.Random(seed), range(len(engine.ladder.entries))
+    lengths = tuple(range(33, 33 + 9 * 7, 7))
+    for length in lengths:
+        changes = [0, *sorted(rng.sample(range(1, 16), rng.randrange(4)))]
+        engine.decider.program[length] = [(after, rng.choice(places)) for after in changes]
+    asked = prompts(engine, lengths)
+    for prompt, result in zip(asked, engine.generate(asked, [engine.free] * len(asked), 16), strict=True):
+        made = 0
+        for name, count in result.told["submodels"]:
+            alone = engine.alone(prompt + result.tokens[:made], engine.ladder.place(name), count)
+            assert result.tokens[made : made + count] == alone, f"seed {seed}: {len(prompt)} {result.told['submodels']}"
+            made += count
+        assert made == 16
+    assert engine.decider.ends.count(16) >= len(asked)
 
 
 def test_exact_computes_again_when_widths_change_and_reuse_does_not(engine: Engine) -> None:

@@ -76,13 +76,27 @@ def test_shards_add_up_to_each_rows_width(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("clean")
 def test_two_ranks_say_what_one_says(engine: Engine, ladder_path: Path) -> None:
-    """Two processes with half of the neurons each, over gloo; also of widths that two do not divide evenly."""
-    asked = prompts(engine, (5, 33, 70, 40))
+    """Two processes with half of the neurons each, over gloo; also of widths that two do not divide evenly, and of requests
+    that go deeper and shallower."""
+    asked = prompts(engine, (5, 33, 70, 40, 52, 54))
     ids = [FLOOR, "odd-3", "staircase", FULL]
     places = [engine.ladder.place(submodel) for submodel in ids]
-    expected = [engine.alone(prompt, place, 8) for prompt, place in zip(asked, places, strict=True)]
-    given = json.dumps({"model": str(BUNDLED), "ladder": str(ladder_path), "prompts": asked, "submodels": ids})
+    expected = [engine.alone(prompt, place, 8) for prompt, place in zip(asked, places, strict=False)]
+    floor, full = places[0], places[-1]
+    for prompt, first, then in ((asked[4], floor, full), (asked[5], full, floor)):
+        began = engine.alone(prompt, first, 3)
+        expected.append(began + engine.alone(prompt + began, then, 5))
+    given = json.dumps(
+        {
+            "model": str(BUNDLED),
+            "ladder": str(ladder_path),
+            "prompts": asked,
+            "submodels": [*ids, None, None],
+            "program": {"52": [(0, floor), (3, full)], "54": [(0, full), (3, floor)]},
+        }
+    )
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.two_ranks"],
         input=given,

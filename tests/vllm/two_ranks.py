@@ -16,7 +16,11 @@ def main() -> None:
         tensor_parallel_size=2,
         distributed_executor_backend="mp",
     )
-    arguments = [{"sortserve_submodel": submodel} for submodel in given["submodels"]]
+    # by number of prompt tokens; JSON has text for keys
+    engine.decider.program.update({int(length): changes for length, changes in given["program"].items()})
+    arguments = [
+        engine.free if submodel is None else {"sortserve_submodel": submodel} for submodel in given["submodels"]
+    ]
     results = engine.generate(given["prompts"], arguments, 8)
     print(json.dumps([result.tokens for result in results]))
     engine.llm.llm_engine.engine_core.shutdown()
