@@ -401,3 +401,16 @@ def test_llm_keeps_the_first_space() -> None:
         answer.add(TokenEvent("r", 2, "d6", 0.0))
         answer.end(FinishedEvent("r", "length", RequestSummary()), "length")
         assert answer.completion().text == expected
+
+
+def test_the_first_requests_are_nobodys_and_leave_no_trace() -> None:
+    """But for what they teach: what is between steps."""
+    engine = Engine.load(EngineConfig(BUNDLED, dtype="float32", kv_bytes=32 << 20, profile_cache=False))
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.steps, stats.prompt_tokens, stats.kv_pages_used) == (0, 0, 0, 0, 0)
+    assert not stats.generated_tokens
+    assert not stats.selected
+    engine.scheduler.check_integrity()
+    assert engine.cost is not None
+    assert engine.cost.between > 0.0
+    assert engine.cost.errors()["decode"].steps >= 2, "steps were learned from"

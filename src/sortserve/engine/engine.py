@@ -27,6 +27,7 @@ from sortserve.engine.policies.registry import make_policy
 from sortserve.engine.profile_cache import fitted
 from sortserve.engine.profiling import Profiler
 from sortserve.engine.protocol import EngineInfo, EngineStats, Event, Prediction
+from sortserve.engine.rehearsal import rehearse
 from sortserve.engine.rungs import Rungs
 from sortserve.engine.scheduler import FEATURES, Scheduler
 from sortserve.engine.settings import SettingsTable
@@ -63,26 +64,14 @@ class Engine:
         start = start_on(Given(settled, model_config, ladder, ladder_path))
         room = _room(config, model_config, ladder, start)
         loaded = start.load(progress)
-        kv = KVManager(room.geometry, room.num_pages, prefix_cache=config.prefix_cache)
-        vocab_size = ladder.shape.vocab_size
-        grammars = Grammars(config.model_folder, vocab_size, model_config.eos_token_ids)
-        scheduler = Scheduler(
-            ladder,
-            kv,
-            _policy(config, ladder),
-            Limits(room.max_model_len, vocab_size, config.max_waiting),
-            eos_token_ids=model_config.eos_token_ids,
-            max_step_tokens=config.max_step_tokens,
-            max_running=config.max_running,
-            unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
-            on_end=grammars.drop,
-        )
+        grammars = Grammars(config.model_folder, ladder.shape.vocab_size, model_config.eos_token_ids)
+        scheduler = _scheduler(config, model_config, ladder, room, grammars)
         runner, kernels = loaded.runner(room, scheduler.settings, grammars)
         info = EngineInfo(
             model=config.model_name,
             ladder=ladder,
             max_model_len=room.max_model_len,
-            vocab_size=vocab_size,
+            vocab_size=ladder.shape.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
             capabilities=FEATURES,
             weight_bytes=loaded.weight_bytes,
@@ -101,6 +90,7 @@ class Engine:
             scheduler.cost = CostModel(runner.cost)
         elif config.warmup:
             scheduler.cost = engine.measure()
+            rehearse(_scheduler(config, model_config, ladder, room, grammars), runner, scheduler.cost)
         _log_start(engine, loaded.head_words, has_ladder=ladder_path is not None)
         return engine
 
@@ -183,6 +173,21 @@ def _room(config: EngineConfig, model: ModelConfig, ladder: Ladder, start: Start
     """The size of K/V. Raises MemoryBudgetError if the device has none for it."""
     geometry = KVGeometry.of(ladder.shape, ladder.bounds, config.block_tokens)
     return Room(geometry, *size_kv(config, model, geometry, start.kv_bytes()))
+
+
+def _scheduler(config: EngineConfig, model: ModelConfig, ladder: Ladder, room: Room, grammars: Grammars) -> Scheduler:
+    """A scheduler without requests, on K/V of its own."""
+    return Scheduler(
+        ladder,
+        KVManager(room.geometry, room.num_pages, prefix_cache=config.prefix_cache),
+        _policy(config, ladder),
+        Limits(room.max_model_len, ladder.shape.vocab_size, config.max_waiting),
+        eos_token_ids=model.eos_token_ids,
+        max_step_tokens=config.max_step_tokens,
+        max_running=config.max_running,
+        unasked=None if config.fixed_submodel is None else ladder.place(config.fixed_submodel),
+        on_end=grammars.drop,
+    )
 
 
 def _policy(config: EngineConfig, ladder: Ladder) -> Policy:
