@@ -403,6 +403,19 @@ def test_llm_keeps_the_first_space() -> None:
         assert answer.completion().text == expected
 
 
+def test_a_start_with_the_smallest_of_everything() -> None:
+    """A context shorter than the chunks that are measured was an IndexError; a queue of one takes our own requests too."""
+    small: dict[str, Any] = {
+        "max_model_len": 16,
+        "max_running": 1,
+        "max_waiting": 1,
+        "max_step_tokens": 1,
+        "kv_bytes": 4 << 20,
+    }
+    engine = Engine.load(EngineConfig(BUNDLED, dtype="float32", profile_cache=False, **small))
+    assert engine.cost is not None
+
+
 def test_the_first_requests_are_nobodys_and_leave_no_trace() -> None:
     """But for what they teach: what is between steps."""
     engine = Engine.load(EngineConfig(BUNDLED, dtype="float32", kv_bytes=32 << 20, profile_cache=False))

@@ -103,7 +103,7 @@ class Profiler:
         long = min(LONG_CONTEXT, self._max_context)
         plans += [self._rows(full, rows, context=long) for rows in few if rows > 1]
         for rows in (16, 64):
-            if rows in self.buckets:
+            if rows in self.buckets and rows <= long:
                 plans += [
                     self._plan([self._part(full, start, start + rows, False)]) for start in {0, max(0, long - rows)}
                 ]
