@@ -71,6 +71,7 @@ def test_the_mixins_override_nothing_that_is_not_checked() -> None:
             if callable(value) and not name.startswith("__") and any(hasattr(base, name) for base in theirs)
         }
         assert overridden <= checked, ours.__name__
+    assert SortedMixin.forward is not None
 
 
 def configuration(**changes: Any) -> SimpleNamespace:

@@ -34,7 +34,6 @@ CUT_RESERVE_SECONDS = 0.004
 class _Seen:
     """What a change of asks the policy anew."""
 
-    num_output: int
     prompt_left: bool
     running: bool
     begun: bool = False
@@ -91,7 +90,6 @@ class PolicyDecider:
         """Note who is there; whether somebody came, went, began, or was preempted."""
         seen = {
             each.request_id: _Seen(
-                each.num_output,
                 each.num_computed < each.num_prompt + each.num_output - 1,
                 each.running,
                 each.place != NEVER_RAN,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,10 @@ def _info(config: EngineConfig, own: Configuration, settings: Any) -> EngineInfo
     block_tokens, kv_blocks = int(cache.block_size or 0), int(cache.num_gpu_blocks or 0)
     dtype_bytes = DTYPE_BYTES.get(str(settings.model_config.dtype).removeprefix("torch."), shape.dtype_bytes)
     value_bytes = 1 if str(cache.cache_dtype).startswith("fp8") else dtype_bytes
-    heads = max(
-        1, shape.num_kv_heads // int(settings.parallel_config.tensor_parallel_size)
-    )  # fewer than ranks: repeated
-    each = kv_blocks * block_tokens * shape.num_layers * 2 * heads * shape.head_dim * value_bytes
+    ranks = int(settings.parallel_config.tensor_parallel_size)
+    # of one rank: where there are fewer heads than ranks, they are repeated
+    share = replace(shape, num_kv_heads=max(1, shape.num_kv_heads // ranks), kv_value_bytes=value_bytes)
+    each = kv_blocks * block_tokens * shape.num_layers * share.kv_bytes_per_token_layer
     return EngineInfo(
         model=config.model_name,
         ladder=own.ladder,
