@@ -403,13 +403,14 @@ def test_llm_keeps_the_first_space() -> None:
         assert answer.completion().text == expected
 
 
-def test_a_start_with_the_smallest_of_everything() -> None:
+@pytest.mark.parametrize("step_tokens", [1, 64])
+def test_a_start_with_the_smallest_of_everything(step_tokens: int) -> None:
     """A context shorter than the chunks that are measured was an IndexError; a queue of one takes our own requests too."""
     small: dict[str, Any] = {
         "max_model_len": 16,
         "max_running": 1,
         "max_waiting": 1,
-        "max_step_tokens": 1,
+        "max_step_tokens": step_tokens,
         "kv_bytes": 4 << 20,
     }
     engine = Engine.load(EngineConfig(BUNDLED, dtype="float32", profile_cache=False, **small))
